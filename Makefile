@@ -1,0 +1,54 @@
+# make demo | make test: the two commands. Both set up .venv and build first, and reuse what is set up.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+
+.PHONY: help setup demo test test-slow check format bench clean
+help:
+	@echo "make demo       GreedyNAS on real images, about 8 minutes on 2 cores; says where the report is"
+	@echo "make test       the tests, with coverage"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make check      ruff, mypy and clang-format"
+	@echo "make bench      the benchmarks"
+
+$(VENV)/.dependencies: requirements.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== setting up $(VENV) (torch is large: some minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(NATIVE)
+	@echo "== building greedynas_ext"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m greedynas_ext.info --brief
+	@touch $@
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/greedynas demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" --durations=15 --cov --cov-report=term --cov-fail-under=90
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --durations=15
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds
+
+clean:
+	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

@@ -1,0 +1,1 @@
+"""GreedyNAS: one-shot neural architecture search that trains promising paths only."""

@@ -1,0 +1,128 @@
+"""Builds the two native parts of greedynas_ext; what they are made of is in pyproject.toml's neighbour, csrc/.
+
+`greedynas_ext._ops`: the operations, registered with torch through its stable ABI.
+`greedynas_ext._plan`: the path plan, bound with pybind11.
+
+FORCE_CUDA=1 builds the CUDA part without a GPU at hand (and fails without nvcc), FORCE_CUDA=0 never builds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class CudaDecision:
+    """Whether the CUDA part is built, and why."""
+
+    build: bool
+    reason: str
+
+
+def decide_cuda(environment: Mapping[str, str], *, nvcc: str | None, torch_has_cuda: bool, gpu: bool, sources: int):
+    """The one place that decides; raises SystemExit where FORCE_CUDA=1 asks for the impossible."""
+    force = environment.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        raise SystemExit(f"FORCE_CUDA: expected 0 or 1, got {force!r}")
+    if force == "0":
+        return CudaDecision(False, "FORCE_CUDA=0")
+    if force == "1":
+        if nvcc is None:
+            raise SystemExit("FORCE_CUDA=1: expected nvcc on PATH or under CUDA_HOME/bin, found none")
+        if not torch_has_cuda:
+            raise SystemExit("FORCE_CUDA=1: expected a CUDA build of torch, got a CPU build")
+    if sources == 0:
+        return CudaDecision(False, "this version has no CUDA kernels yet")
+    if force == "1":
+        return CudaDecision(True, "FORCE_CUDA=1")
+    if nvcc is None:
+        return CudaDecision(False, "no nvcc found")
+    if not torch_has_cuda:
+        return CudaDecision(False, "torch is a CPU build")
+    if not gpu:
+        return CudaDecision(False, "no GPU found; FORCE_CUDA=1 builds without one")
+    return CudaDecision(True, f"{nvcc} and a GPU found")
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin/nvcc").exists():
+        return str(Path(home) / "bin/nvcc")
+    return shutil.which("nvcc")
+
+
+def cuda_home(nvcc: str) -> str:
+    """The folder that holds include/cuda_runtime.h; where nvcc lies may be a link or a wrapper elsewhere."""
+    lines = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    tops = [line.split("TOP=")[1].strip() for line in lines.splitlines() if "TOP=" in line]
+    for candidate in [*tops, Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]:
+        if (Path(candidate) / "include/cuda_runtime.h").exists():
+            return str(Path(candidate).resolve())
+    raise SystemExit(f"CUDA_HOME: expected the folder that holds include/cuda_runtime.h beside {nvcc}, found none")
+
+
+def main() -> None:
+    import pybind11
+    import torch
+    from setuptools import Extension, setup
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    decision = decide_cuda(
+        os.environ,
+        nvcc=find_nvcc(),
+        torch_has_cuda=torch.version.cuda is not None,
+        gpu=torch.cuda.is_available(),
+        sources=len(cuda_sources),
+    )
+    print(f"greedynas_ext: CUDA part {'built' if decision.build else 'left out'}: {decision.reason}", flush=True)
+
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+    # Warnings in torch's own headers are not ours to mend.
+    from torch.utils.cpp_extension import include_paths
+
+    system_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
+
+    def sources(*patterns: str) -> list[str]:
+        return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+    headers = sources("csrc/*.h", "csrc/cpu/*.h")
+    ops = CppExtension(
+        "greedynas_ext._ops",
+        sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=headers,
+        extra_compile_args={"cxx": [*flags, *system_headers, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},
+        py_limited_api=True,
+    )
+    plan = Extension(
+        "greedynas_ext._plan",
+        sources("csrc/path_plan.cpp", "csrc/python_module.cpp"),
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        depends=headers,
+        extra_compile_args={"cxx": flags},
+        language="c++",
+    )
+
+    class Build(BuildExtension):
+        """Keeps what was decided beside the modules, for `python -m greedynas_ext.info`."""
+
+        def run(self) -> None:
+            super().run()
+            info = {"torch": torch.__version__, "cuda": asdict(decision), "flags": flags}
+            folder = ROOT / "greedynas_ext" if self.inplace else Path(self.build_lib) / "greedynas_ext"
+            (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    setup(ext_modules=[ops, plan], cmdclass={"build_ext": Build})
+
+
+if __name__ == "__main__":
+    main()
