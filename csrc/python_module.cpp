@@ -1,4 +1,5 @@
 // greedynas_ext._plan: the path plan for Python. It is no operation on tensors, so pybind11 binds it.
+#include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

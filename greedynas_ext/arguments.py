@@ -1,0 +1,198 @@
+"""What `evaluate_paths` accepts: each check names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Operation: TypeAlias = Callable[[Tensor], Tensor]
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+@runtime_checkable
+class SupernetLike(Protocol):
+    """The contract: a chain of a stem, layers of alternative operations, and a head that gives logits [N, classes]."""
+
+    @property
+    def stem(self) -> Any:
+        """Images [N, C, H, W] to the input of the first layer."""
+
+    @property
+    def choices(self) -> Any:
+        """Layers, each a sequence of operations from the layer's input to its output."""
+
+    @property
+    def head(self) -> Any:
+        """The last layer's output to logits [N, classes]."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A supernet as evaluation sees it; the modules are the supernet's own."""
+
+    stem: Operation
+    choices: tuple[tuple[Operation, ...], ...]
+    head: Operation
+
+    @classmethod
+    def of(cls, supernet: Any) -> Chain:
+        """Raises TypeError, or ValueError for an empty layer, where the contract is not kept."""
+        missing = [name for name in ("stem", "choices", "head") if not hasattr(supernet, name)]
+        if missing:
+            raise TypeError(
+                f"supernet: expected attributes stem, choices[layer][op] and head, got a {type(supernet).__name__} "
+                f"without {', '.join(missing)}"
+            )
+        try:
+            choices = tuple(tuple(layer) for layer in supernet.choices)
+        except TypeError:
+            raise TypeError(
+                "supernet.choices: expected a sequence of layers, each a sequence of operations, got "
+                f"{type(supernet.choices).__name__}"
+            ) from None
+        if not choices:
+            raise ValueError("supernet.choices: expected at least one layer, got none")
+        for number, layer in enumerate(choices):
+            if not layer:
+                raise ValueError(f"supernet.choices[{number}]: expected at least one operation, got none")
+        parts = {"stem": supernet.stem, "head": supernet.head}
+        parts.update({f"choices[{i}][{j}]": op for i, layer in enumerate(choices) for j, op in enumerate(layer)})
+        for name, part in parts.items():
+            if not callable(part):
+                raise TypeError(f"supernet.{name}: expected a module or function, got {type(part).__name__}")
+            if isinstance(part, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"supernet.{name}: expected a module that runs in Python, got a TorchScript module, whose batch "
+                    f"normalisations cannot be seen"
+                )
+        return cls(supernet.stem, choices, supernet.head)
+
+    def modules_of(self, paths: Tensor) -> list[nn.Module]:
+        """The modules that `paths` [m, layers] use, stem and head among them."""
+        used = [self.stem, self.head]
+        for layer, ops in enumerate(self.choices):
+            used += [ops[op] for op in torch.unique(paths[:, layer]).tolist()]
+        return [part for part in used if isinstance(part, nn.Module)]
+
+
+def check_paths(given: Any, chain: Chain) -> Tensor:
+    """`given` as a contiguous int64 CPU tensor [m, layers], every index within its layer."""
+    layers = len(chain.choices)
+    expected = f"paths: expected int64 [m, {layers}] (an operation index for each layer)"
+    if isinstance(given, Tensor):
+        paths = given
+    else:
+        rows = list(given) if isinstance(given, Iterable) else None
+        if rows is None:
+            raise TypeError(f"{expected}, got {type(given).__name__}")
+        lengths = sorted({len(row) if isinstance(row, Sequence | Tensor) else -1 for row in rows})
+        if lengths and lengths != [layers]:
+            came = "a flat list" if lengths[0] < 0 else f"{len(rows)} paths of length {lengths}"
+            raise ValueError(f"{expected}, got {came}")
+        paths = torch.tensor([[_index(op, expected) for op in row] for row in rows], dtype=torch.int64)
+        paths = paths.reshape(len(rows), layers)
+    if paths.dtype != torch.int64:
+        raise TypeError(f"{expected}, got {_dtype(paths)} {list(paths.shape)}")
+    if paths.dim() != 2 or paths.shape[1] != layers or paths.shape[0] == 0:
+        raise ValueError(f"{expected} with m >= 1, got int64 {list(paths.shape)}")
+    paths = paths.detach().cpu().contiguous()
+    sizes = torch.tensor([len(layer) for layer in chain.choices])
+    wrong = ((paths < 0) | (paths >= sizes)).nonzero()
+    if len(wrong):
+        path, layer = wrong[0].tolist()
+        raise ValueError(
+            f"paths: expected indices in [0, {int(sizes[layer])}) in layer {layer}, got "
+            f"{int(paths[path, layer])} in path {path}"
+        )
+    return paths
+
+
+def _index(op: Any, expected: str) -> int:
+    if isinstance(op, bool) or not hasattr(op, "__index__"):
+        raise TypeError(f"{expected}, got an entry {op!r}")
+    return int(op)
+
+
+def check_top_k(k: Any, num_paths: int) -> None:
+    """`k` is None or in [1, m]."""
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
+    if k is not None and not 1 <= k <= num_paths:
+        raise ValueError(f"k: expected 1 <= k <= {num_paths} (the number of paths), got {k}")
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """`value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """`value` is None or a positive int."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
+    """Floating images [N, C, H, W] with N >= 1, finite, on `device`."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {_dtype(images)} {list(images.shape)}")
+    if images.dim() != 4 or images.numel() == 0:
+        raise ValueError(f"{name}: expected [N, C, H, W] with no empty dimension, got {list(images.shape)}")
+    if device is not None and images.device != device:
+        raise ValueError(f"{name}: expected the supernet's device {device}, got {images.device}")
+    if not bool(torch.isfinite(images).all()):
+        count = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in {count} of {len(images)} images")
+    return images
+
+
+def check_targets(targets: Any, images: Tensor) -> Tensor:
+    """Class indices int64 [N], none negative, on the images' device. The upper bound is known from the logits."""
+    expected = f"targets: expected int64 [{len(images)}] (a class for each image)"
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{expected}, got {type(targets).__name__}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{expected}, got {_dtype(targets)} {list(targets.shape)}")
+    if targets.shape != (len(images),):
+        raise ValueError(f"{expected}, got int64 {list(targets.shape)}")
+    if targets.device != images.device:
+        raise ValueError(f"targets: expected the images' device {images.device}, got {targets.device}")
+    if int(targets.min()) < 0:
+        raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
+    return targets
+
+
+def iterate_batches(images: Any, targets: Any, device: torch.device | None) -> Iterator[Batch]:
+    """Checked (images, targets) pairs from one pair of tensors or from an iterable of pairs."""
+    if isinstance(images, Tensor):
+        if targets is None:
+            raise TypeError(f"targets: expected int64 [{len(images)}], got None")
+        images = check_images("images", images, device)
+        yield images, check_targets(targets, images)
+        return
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: expected a tensor or an iterable of (images, targets), got {type(images).__name__}")
+    if targets is not None:
+        raise TypeError("targets: expected None beside an iterable of (images, targets), got a value")
+    count = 0
+    for batch in images:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"images: expected an iterable of (images, targets), got a {type(batch).__name__} in it")
+        checked = check_images(f"images (batch {count})", batch[0], device)
+        yield checked, check_targets(batch[1], checked)
+        count += 1
+    if count == 0:
+        raise ValueError("images: expected at least one batch, got an empty iterable")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
