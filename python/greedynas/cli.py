@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demo": _demo,
     }
     if not words or words[0] in ("-h", "--help"):
-        presets = ", ".join(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
+        presets = ", ".join(sorted(f"{path.parent.name}: {path.stem}" for path in _PRESETS.glob("*/*.yaml")))
         print(_USAGE.format(presets=presets))
         raise SystemExit(0 if words else 2)
     if words[0] not in commands:
@@ -91,7 +91,7 @@ def parse(kind: type[Config], command: str, words: list[str], saved: Path | None
     if saved is not None and saved.exists():
         default = load_config(kind, saved)
     elif source is not None:
-        preset = _PRESETS / f"{source}.yaml"
+        preset = _PRESETS / command / f"{source}.yaml"
         file = preset if preset.exists() else Path(source)
         values = read_yaml(file)
         # `run` is where this run lies, and a file of options need not know that: the command line must then.
@@ -184,8 +184,10 @@ def _evaluate(words: list[str]) -> None:
     ):
         table.add_row(" ".join(space.decode(path)), f"{loss:.4f}", f"{accuracy:.2%}", f"{cost:.2f}")
     Console().print(table)
-    print(f"{len(data.validation)} validation images, {evaluation.statistics}; "
-          f"{evaluation.plan.shared_fraction:.1%} of the MACs saved by sharing prefixes")
+    print(
+        f"{len(data.validation)} validation images, {evaluation.statistics}; "
+        f"{evaluation.plan.shared_fraction:.1%} of the MACs saved by sharing prefixes"
+    )
 
 
 def _report(words: list[str]) -> None:
@@ -197,4 +199,3 @@ def _report(words: list[str]) -> None:
 def _demo(words: list[str]) -> None:
     config = tyro.cli(DemoConfig, args=words, prog="greedynas demo")
     print(f"report: {demo(config)}")
-

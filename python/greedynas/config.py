@@ -39,14 +39,14 @@ class TrainConfig:
 
     sampler: Literal["greedy", "uniform", "fair"] = "greedy"
     """How paths are chosen: greedy filtering, uniformly at random, or FairNAS's strict fairness."""
-    iterations: int = 1000
+    iterations: int = 600
     """Rounds of at most: one filter and k optimizer steps (fair: one step over a path per operation)."""
     sampled_paths: int = 10
     """m: paths drawn for each filter."""
     kept_paths: int = 5
     """k: paths kept and trained, one optimizer step each."""
-    filter_images: int = 1000
-    """Validation images on which a filter compares losses."""
+    filter_images: int = 200
+    """Validation images on which a filter compares losses (ImageNet: 1000)."""
     warmup_iterations: int = 100
     """Rounds of uniform sampling without a filter before the greedy ones."""
     schedule: Literal["linear", "cosine"] = "linear"
@@ -55,8 +55,8 @@ class TrainConfig:
     """Exploit probability (of drawing from the pool) at the end of the warm-up."""
     exploit_end: float = 0.8
     """Exploit probability in the last round."""
-    pool_size: int = 1000
-    """Paths that the candidate pool holds at most."""
+    pool_size: int = 200
+    """Paths that the candidate pool holds at most (ImageNet: 1000)."""
     max_macs: float | None = None
     """Budget in millions of multiply-accumulates for an image; paths over it never enter the pool."""
     draw_within_budget: bool = False
@@ -66,10 +66,10 @@ class TrainConfig:
     stop_interval: int | None = None
     """t: rounds between two looks at the pool; none: three times what it takes to draw a pool of new paths."""
 
-    batch_size: int = 1024
-    """Training images of an optimizer step."""
-    learning_rate: float = 0.12
-    """Learning rate at the first optimizer step; it falls on a cosine over all planned steps."""
+    batch_size: int = 64
+    """Training images of an optimizer step (ImageNet: 1024)."""
+    learning_rate: float = 0.05
+    """Learning rate at the first optimizer step; it falls on a cosine over all planned steps (ImageNet: 0.12)."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last planned optimizer step."""
     momentum: float = 0.9
