@@ -99,7 +99,8 @@ def parse(kind: type[Config], command: str, words: list[str], saved: Path | None
         default = from_mapping(kind, values, str(file))
         if default.run == Path(""):
             raise ValueError("run: expected --run FOLDER, got none")
-    return tyro.cli(kind, args=rest, prog=f"greedynas {command}", default=default)
+    config: Config = tyro.cli(kind, args=rest, prog=f"greedynas {command}", default=default)
+    return config
 
 
 def _take_value(words: Sequence[str], option: str) -> tuple[list[str], str | None]:

@@ -69,7 +69,7 @@ def _text(root: Path, arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) ->
         "",
         "![Search progress and test accuracy](comparison.png)",
         "",
-        "| | images trained | images evaluated | corrected cost | supernet | best loss found | M MACs | test accuracy |",
+        "| | images trained | evaluated | corrected cost | supernet | best loss found | M MACs | test accuracy |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for arm, arm_figures in zip(arms, figures, strict=True):
@@ -124,7 +124,8 @@ def _verdict(arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) -> str:
         overlap = min(greedy) <= max(others) and min(others) <= max(greedy)
         certainty = "the seeds' ranges overlap, so this run cannot tell them apart" if overlap else "beyond the seeds"
         sentences.append(
-            f"Against *{arm.label}* the difference in mean test accuracy is {100 * difference:+.2f} points: {certainty}."
+            f"Against *{arm.label}* the difference in mean test accuracy is {100 * difference:+.2f} points: "
+            f"{certainty}."
         )
     return " ".join(sentences)
 

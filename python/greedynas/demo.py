@@ -95,8 +95,9 @@ def _training(config: DemoConfig, sampler: str, iterations: int | None = None) -
 def _equal_rounds(greedy: RunFolder) -> int:
     """Rounds of uniform sampling that cost what the greedy training did, by the cost ratio measured in it."""
     summary: dict[str, Any] = read_json(greedy.summary)
-    images_per_round = summary["images_trained"] / summary["iterations"]
-    return max(1, round(summary["corrected_optimizations"]["measured"] / images_per_round))
+    images_per_round = float(summary["images_trained"] / summary["iterations"])
+    corrected = float(summary["corrected_optimizations"]["measured"])
+    return max(1, round(corrected / images_per_round))
 
 
 def _retrain(config: DemoConfig, run: RunFolder, searched: str) -> Sequence[RunFolder]:

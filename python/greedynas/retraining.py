@@ -33,7 +33,7 @@ class NetworkTrainer:
             raise ValueError(f"ema_decay: expected a value in [0, 1), got {config.ema_decay}")
         self.config, self.task, self.path = config, task, path
         network = Network(task.space, path, seed=config.seed, dropout=config.dropout).train()
-        self.network: Network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: Network = network.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network) if config.ema_decay else None
         self.batches = BatchStream(
             task.data.train_and_validation, config.batch_size, seed=config.seed, augment=config.augment
