@@ -1,0 +1,132 @@
+"""Files that are either whole or not there: atomic writes, strict JSON, tensors without pickle, and a metrics log.
+
+Every file but the log is written to a temporary file in the folder of its target, synced to the disk and renamed over
+it. A write that fails (full disk, Ctrl-C, kill) leaves the old file; reading never executes code.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from . import _strict_json
+from ._checks import describe
+from ._files import PathLike, remove_temporaries, write_bytes
+from .metrics_log import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
+
+__all__ = [
+    "MetricsLog",
+    "PathLike",
+    "append_jsonl",
+    "load_tensors",
+    "read_json",
+    "read_jsonl",
+    "remove_temporaries",
+    "save_tensors",
+    "truncate_jsonl",
+    "write_bytes",
+    "write_json",
+]
+
+_METADATA_KEY, _DIGEST_KEY = "greedynas", "sha256"
+
+
+def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
+    """Writes `value` as strict JSON, atomically; `read_json` gives equal values back, floats bit for bit.
+
+    Tuples become lists. NaN and infinities are refused: JSON has none, and what is stored here (pools, checkpoints,
+    fronts) has no use for them. `MetricsLog` takes them.
+
+    Raises:
+        TypeError: `value` holds something JSON has no form for, or a dict key that is no string.
+        ValueError: `value` holds NaN or an infinity.
+        OSError: as `write_bytes`.
+    """
+    write_bytes(path, _strict_json.dump(value, os.fspath(path), indent=indent) + b"\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """Reads a file of strict JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged: empty, cut off, no UTF-8, no JSON, or it holds a number that no float can.
+    """
+    return _strict_json.load(Path(path).read_bytes(), os.fspath(path))
+
+
+def save_tensors(
+    path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes tensors and their metadata to one safetensors file, atomically, with a SHA-256 over both.
+
+    Tensors of any shape, strides and device are stored as contiguous copies: strides are not kept, and tensors that
+    share memory come back separate. While it is written the file is held in memory once, beside the tensors.
+
+    Args:
+        path: the file.
+        tensors: the tensors by name.
+        metadata: values that JSON can hold, without NaN and infinities; kept exactly.
+
+    Raises:
+        TypeError: a name is no string, a value no dense tensor, or `metadata` has no form in JSON.
+        ValueError: `metadata` holds NaN or an infinity.
+        OSError: as `write_bytes`.
+    """
+    packed: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: expected names that are strings, got {name!r}")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            raise TypeError(f"tensors[{name!r}]: expected a dense tensor, got {describe(tensor)}")
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        packed[name] = plain
+    text = _strict_json.dump(dict(metadata or {}), "metadata").decode()
+    header = {_METADATA_KEY: text, _DIGEST_KEY: _digest(packed, text)}
+    write_bytes(path, safetensors.torch.save(packed, header))
+
+
+def load_tensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads a safetensors file; nothing in it is executed.
+
+    Returns:
+        The tensors by name, on the CPU, and the metadata. For a file that `save_tensors` did not write the metadata
+        are the file's own strings, and no checksum is compared.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, or is damaged or cut off.
+    """
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        header: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{os.fspath(path)}: damaged, or no safetensors file ({error})") from error
+    if _METADATA_KEY not in header and _DIGEST_KEY not in header:
+        return tensors, dict(header)
+    text = header.get(_METADATA_KEY, "")
+    if header.get(_DIGEST_KEY) != _digest(tensors, text):
+        raise ValueError(f"{os.fspath(path)}: damaged (its contents do not match its SHA-256)")
+    return tensors, _strict_json.load(text.encode(), f"{os.fspath(path)}: metadata")
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: str) -> str:
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
