@@ -34,7 +34,8 @@ __all__ = [
     "write_json",
 ]
 
-_METADATA_KEY, _DIGEST_KEY = "greedynas", "sha256"
+# The one entry of a file's own metadata: "sha256:<digest> <JSON>". One, for safetensors writes several in any order.
+_KEY, _PREFIX = "greedynas", "sha256:"
 
 
 def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
@@ -87,14 +88,12 @@ def save_tensors(
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             raise TypeError(f"tensors[{name!r}]: expected a dense tensor, got {describe(tensor)}")
         plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
+        if plain.untyped_storage().data_ptr() in storages:  # safetensors refuses tensors that share memory
             plain = plain.clone()
         storages.add(plain.untyped_storage().data_ptr())
         packed[name] = plain
     text = _strict_json.dump(dict(metadata or {}), "metadata").decode()
-    header = {_METADATA_KEY: text, _DIGEST_KEY: _digest(packed, text)}
-    write_bytes(path, safetensors.torch.save(packed, header))
+    write_bytes(path, safetensors.torch.save(packed, {_KEY: f"{_PREFIX}{_digest(packed, text)} {text}"}))
 
 
 def load_tensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -115,10 +114,10 @@ def load_tensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any
         header: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: damaged, or no safetensors file ({error})") from error
-    if _METADATA_KEY not in header and _DIGEST_KEY not in header:
+    if _KEY not in header and not any(value.startswith(_PREFIX) for value in header.values()):
         return tensors, dict(header)
-    text = header.get(_METADATA_KEY, "")
-    if header.get(_DIGEST_KEY) != _digest(tensors, text):
+    digest, _, text = header.get(_KEY, "").partition(" ")
+    if digest != _PREFIX + _digest(tensors, text):
         raise ValueError(f"{os.fspath(path)}: damaged (its contents do not match its SHA-256)")
     return tensors, _strict_json.load(text.encode(), f"{os.fspath(path)}: metadata")
 
