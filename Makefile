@@ -48,7 +48,7 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds
+	$(BIN)/python bench/evaluate_paths.py
 
 clean:
 	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

@@ -85,7 +85,7 @@ def main() -> None:
     )
     print(f"greedynas_ext: CUDA part {'built' if decision.build else 'left out'}: {decision.reason}", flush=True)
 
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
     # Warnings in torch's own headers are not ours to mend.
     from torch.utils.cpp_extension import include_paths
 

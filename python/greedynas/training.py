@@ -22,10 +22,8 @@ from greedynas.runs import RunFolder, Task, load_task
 from greedynas.samplers import FairSampler, GreedySampler, UniformSampler
 from greedynas.schedules import ExploitSchedule
 from greedynas.storage import MetricsLog, save_tensors, write_json
-from greedynas.theory import corrected_optimizations
+from greedynas.theory import PAPER_COST_RATIO, corrected_optimizations
 from greedynas_ext import evaluate_paths
-
-POSTER_COST_RATIO = 3.33  # a training image costs as much as this many evaluated ones (GreedyNAS)
 
 
 @dataclass
@@ -278,10 +276,10 @@ class SupernetTrainer:
             "turnover": self.turnover,
             "final_learning_rate": self.optimizer.param_groups[0]["lr"],
             **vars(counts),
-            "cost_ratio": {"measured": counts.cost_ratio, "poster": POSTER_COST_RATIO},
+            "cost_ratio": {"measured": counts.cost_ratio, "poster": PAPER_COST_RATIO},
             "corrected_optimizations": {
                 "measured": counts.corrected(counts.cost_ratio),
-                "poster": counts.corrected(POSTER_COST_RATIO),
+                "poster": counts.corrected(PAPER_COST_RATIO),
             },
             "pool_draws": [
                 {"path": list(path), "draws": draws, "in_pool": path in self.pool}

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from greedynas.layers import Operation
 from greedynas.network import Network
 from greedynas.published import PUBLISHED, PUBLISHED_SPACE
 from greedynas.spaces import available_spaces, get_space
-from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARK = "nas-bench-macro-cifar10.csv.gz"
 BENCHMARK_DIGEST = "672d7cab8462f1cd347a9e2c45dd635f39fa6432d46cd736b20c0cc1033324ac"

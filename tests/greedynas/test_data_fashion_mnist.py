@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from greedynas.data import BatchStream, load_data, small_images
 from greedynas.data.idx import read_idx
 from greedynas.data.small_images import FASHION_MNIST_FILES, FASHION_MNIST_FOLDERS

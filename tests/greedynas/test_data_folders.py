@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from greedynas.data import BatchStream, load_data
-from greedynas.data.augment import augment_photo, random_crop_box
-from greedynas.data.folders import FolderImageSet, scan_class_folders
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +13,10 @@ from scipy.stats import ks_2samp
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as oracle
+
+from greedynas.data import BatchStream, load_data
+from greedynas.data.augment import augment_photo, random_crop_box
+from greedynas.data.folders import FolderImageSet, scan_class_folders
 
 NORMALISE = v2.Compose(
     [

@@ -5,12 +5,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from greedynas.data import available_datasets, load_data
-from greedynas.data.splits import split_test, split_validation, validation_size
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch.nn import functional
+
+from greedynas.data import available_datasets, load_data
+from greedynas.data.splits import split_test, split_validation, validation_size
 
 
 def labels(*counts: int) -> torch.Tensor:

@@ -7,13 +7,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from greedynas.data import BatchStream, HeldOutImages, TensorImageSet, ValidationSampler, load_data
 from greedynas.data.augment import SmallAugmentation, random_flip, random_shift
 from greedynas.data.image_sets import channel_statistics
 from greedynas.data.prefetch import prefetched
 from greedynas.data.seeds import derive_seed
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def seeded(seed: int) -> torch.Generator:

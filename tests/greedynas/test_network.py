@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from greedynas.network import Network
 from greedynas.published import PUBLISHED, PUBLISHED_SPACE
 from greedynas.spaces import get_space
 from greedynas.supernet import Supernet
-from torch import nn
 
 PATHS = {
     "mini-16": [0, 1, 6, 3, 4, 5, 2, 6],

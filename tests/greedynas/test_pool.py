@@ -9,10 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from greedynas.pool import CandidatePool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
+from greedynas.pool import CandidatePool
 
 
 class NaivePool:

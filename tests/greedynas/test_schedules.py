@@ -3,9 +3,10 @@ import math
 
 import numpy as np
 import pytest
-from greedynas.schedules import ExploitSchedule
 from hypothesis import given
 from hypothesis import strategies as st
+
+from greedynas.schedules import ExploitSchedule
 
 KINDS = ["linear", "cosine"]
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from greedynas.layers import Layer, Operation
 from greedynas.published import PUBLISHED, PUBLISHED_SPACE
 from greedynas.spaces import available_spaces, get_space
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NAMES = ["mbv2-7", "mbv2-se-13", "macro", "mini-28", "mini-16"]
 

@@ -13,6 +13,9 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from greedynas import _files
 from greedynas.storage import (
     load_tensors,
@@ -22,8 +25,6 @@ from greedynas.storage import (
     write_bytes,
     write_json,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @pytest.fixture

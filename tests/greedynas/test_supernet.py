@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from greedynas.blocks import ConvBN, IdentityBlock, InvertedBottleneck
 from greedynas.layers import Operation
 from greedynas.spaces import ACTIVATIONS, available_spaces, get_space
 from greedynas.supernet import Supernet
-from torch import nn
 
 CURVES = {"relu": F.relu, "relu6": F.relu6, "hswish": lambda x: x * F.relu6(x + 3) / 6, "silu": F.silu}
 

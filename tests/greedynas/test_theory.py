@@ -3,10 +3,11 @@ import math
 from fractions import Fraction
 
 import pytest
-from greedynas.theory import corrected_optimizations, exploit_q, theorem1
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
+
+from greedynas.theory import corrected_optimizations, exploit_q, theorem1
 
 
 @pytest.mark.parametrize(("q", "published"), [(0.6, 0.8338), (0.8, 0.9936)])
