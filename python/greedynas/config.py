@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class TrainConfig:
     sampler: Literal["greedy", "uniform", "fair"] = "greedy"
     """How paths are chosen: greedy filtering, uniformly at random, or FairNAS's strict fairness."""
     iterations: int = 600
-    """Rounds of at most: one filter and k optimizer steps (fair: one step over a path per operation)."""
+    """Rounds at most; each is a filter and k optimizer steps (fair: one step over a path per operation)."""
     sampled_paths: int = 10
     """m: paths drawn for each filter."""
     kept_paths: int = 5
@@ -141,7 +142,7 @@ class RetrainConfig:
     batch_size: int = 64
     """Training images of an optimizer step."""
     optimizer: Literal["sgd", "rmsprop"] = "sgd"
-    """SGD with a cosine, or RMSprop with exponential decay (x0.97 every 2.4 epochs), as on ImageNet."""
+    """SGD with a cosine, or TensorFlow's RMSprop with exponential decay (x0.97 every 2.4 epochs), as on ImageNet."""
     learning_rate: float = 0.05
     """Learning rate after the warm-up (rmsprop on ImageNet: 0.064 for 1,024 images)."""
     warmup_epochs: float = 3.0
@@ -203,13 +204,26 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], source: str) -> 
     """
     annotations = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ValueError(f"{source}: unknown key {unknown[0]!r}; expected some of {', '.join(fields)}")
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     if missing:
         raise ValueError(f"{source}: expected a value for {missing[0]!r}")
-    return kind(**{name: _convert(f"{source}: {name}", annotations[name], value) for name, value in values.items()})
+    try:
+        return kind(**{name: _convert(name, annotations[name], value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def check_types(config: Any) -> None:
+    """Checks that every field holds what its annotation says, for a config that was made in Python.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type, or none of the choices; names the field.
+    """
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        _convert(name, annotation, getattr(config, name))
 
 
 def _convert(name: str, annotation: Any, value: Any) -> Any:
@@ -226,12 +240,21 @@ def _convert(name: str, annotation: Any, value: Any) -> Any:
         if type(value) is candidate:
             return value
     expected = " or ".join("none" if a is types.NoneType else a.__name__ for a in allowed)
-    raise ValueError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
 def save_config(path: Path, config: Any) -> None:
     """Writes the resolved config as YAML, atomically."""
     write_bytes(path, yaml.safe_dump(to_mapping(config), sort_keys=False).encode())
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which as YAML 1.2 also reads 1e-5 as a number and not as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -244,9 +267,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config: no file {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, {error}") from error
+        raise ValueError(f"{path}: expected YAML, {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(values).__name__}")
     return values
