@@ -11,6 +11,7 @@ from torch import Tensor
 
 from greedynas.config import Config, TrainConfig, load_config, save_config, to_mapping
 from greedynas.data import DataSplits, load_data
+from greedynas.option_checks import named_as_options
 from greedynas.pool import CandidatePool
 from greedynas.spaces import Space, get_space
 from greedynas.storage import load_tensors, read_json, remove_temporaries
@@ -130,16 +131,18 @@ class Task:
 
 def load_task(config: TrainConfig) -> Task:
     """The data set and the space of a training, the same at every call."""
-    data = load_data(
-        config.dataset,
-        seed=config.seed,
-        root=config.data_root,
-        resolution=config.resolution,
-        validation=config.validation,
-    )
-    space = get_space(
-        config.space, num_classes=data.num_classes, in_channels=data.in_channels, resolution=data.resolution
-    )
+    with named_as_options(name="dataset", root="data_root"):
+        data = load_data(
+            config.dataset,
+            seed=config.seed,
+            root=config.data_root,
+            resolution=config.resolution,
+            validation=config.validation,
+        )
+    with named_as_options(name="space"):
+        space = get_space(
+            config.space, num_classes=data.num_classes, in_channels=data.in_channels, resolution=data.resolution
+        )
     return Task(data, space)
 
 
