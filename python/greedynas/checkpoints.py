@@ -64,7 +64,10 @@ def load_checkpoint(
             )
         # Buffers lie in memory as the parameter does.
         optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor
-    generator.set_state(parts["generator"][""])
+    try:
+        generator.set_state(parts["generator"][""])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: expected the state of a generator, got {error}") from error
     return state
 
 

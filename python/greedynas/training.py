@@ -16,6 +16,7 @@ from greedynas.checkpoints import load_checkpoint, save_checkpoint
 from greedynas.config import TrainConfig
 from greedynas.data import BatchStream, ValidationSampler
 from greedynas.learning_rates import cosine
+from greedynas.option_checks import check_training, named_as_options, use_threads
 from greedynas.pool import CandidatePool
 from greedynas.progress import Reporter
 from greedynas.runs import RunFolder, Task, load_task
@@ -63,7 +64,7 @@ class SupernetTrainer:
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
         self.config, self.task = config, task
-        _check(config)
+        check_training(config)
         space = task.space
         num_choices = [space.num_operations] * space.num_layers
         budget = {"cost": task.macs_of, "max_cost": config.max_macs, "reject": config.draw_within_budget}
@@ -81,13 +82,14 @@ class SupernetTrainer:
             config.schedule,
             start=config.exploit_start,
             end=config.exploit_end,
-            warmup_steps=config.warmup_iterations,
+            warmup_steps=config.warmup_iterations if config.sampler == "greedy" else 0,
             total_steps=config.iterations,
         )
         self._batches = BatchStream(task.data.train, config.batch_size, seed=config.seed, augment=config.augment)
         self._validation = None
         if config.sampler == "greedy":
-            self._validation = ValidationSampler(task.data.validation, config.filter_images, seed=config.seed)
+            with named_as_options(size="filter_images"):
+                self._validation = ValidationSampler(task.data.validation, config.filter_images, seed=config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.SGD(
             self.supernet.parameters(),
@@ -127,7 +129,8 @@ class SupernetTrainer:
         """One round; returns its record."""
         record: dict[str, Any] = {"iteration": self.iteration}
         if self.config.sampler == "fair":
-            losses = self._fair_step(self._fair.sample(self.generator))
+            kept = self._fair.sample(self.generator)
+            losses = self._fair_step(kept)
         else:
             if self.config.sampler == "uniform" or self.schedule.in_warmup(self.iteration):
                 kept = self._uniform.sample(self.config.kept_paths, self.generator)
@@ -141,8 +144,9 @@ class SupernetTrainer:
         self.iteration += 1
         self._look_at_pool()
         record.update(
+            trained_paths=kept.tolist(),
             training_loss=sum(losses) / len(losses),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self.learning_rate(self.counts.optimizer_steps - 1),
             pool=len(self.pool),
             turnover=self.turnover,
             optimizer_steps=self.counts.optimizer_steps,
@@ -172,6 +176,7 @@ class SupernetTrainer:
         record.update(
             exploit_probability=probability,
             from_pool=int(drawn.from_pool.sum()),
+            drawn_paths=drawn.paths.tolist(),
             filter_losses=evaluation.losses.tolist(),
             shared_fraction=evaluation.plan.shared_fraction,
         )
@@ -202,14 +207,15 @@ class SupernetTrainer:
         images, targets = self._batches.batch(self.counts.optimizer_steps)
         return images.contiguous(memory_format=torch.channels_last), targets
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        return cosine(step, self.planned_steps, self.config.learning_rate, self.config.final_learning_rate)
+
     def _start_step(self) -> None:
         # None and not zero: a zero gradient would let momentum and weight decay move what this step leaves out.
         self.optimizer.zero_grad(set_to_none=True)
-        rate = cosine(
-            self.counts.optimizer_steps, self.planned_steps, self.config.learning_rate, self.config.final_learning_rate
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.learning_rate(self.counts.optimizer_steps)
 
     def _finish_step(self, losses: list[float], images: int, since: float) -> list[float]:
         self.optimizer.step()
@@ -257,7 +263,7 @@ class SupernetTrainer:
             self._compared_pool = frozenset(map(tuple, state["compared_pool"]))
             self.pool_draws = Counter({tuple(path): int(draws) for path, draws in state["pool_draws"]})
             return int(state["records"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder.checkpoint}: expected the state of a training, got {error!r}") from error
 
     def summary(self) -> dict[str, Any]:
@@ -271,10 +277,10 @@ class SupernetTrainer:
             "iterations": self.iteration,
             "planned_iterations": config.iterations,
             "planned_optimizer_steps": self.planned_steps,
-            "stopped_early": self.stopped_early,
+            "stopped_early": self.stopped_early and self.iteration < config.iterations,
             "stop_interval": self.stop_interval,
             "turnover": self.turnover,
-            "final_learning_rate": self.optimizer.param_groups[0]["lr"],
+            "final_learning_rate": self.learning_rate(max(0, counts.optimizer_steps - 1)),
             **vars(counts),
             "cost_ratio": {"measured": counts.cost_ratio, "poster": PAPER_COST_RATIO},
             "corrected_optimizations": {
@@ -283,30 +289,9 @@ class SupernetTrainer:
             },
             "pool_draws": [
                 {"path": list(path), "draws": draws, "in_pool": path in self.pool}
-                for path, draws in self.pool_draws.most_common()
+                for path, draws in sorted(self.pool_draws.items(), key=lambda item: (-item[1], item[0]))
             ],
         }
-
-
-def _check(config: TrainConfig) -> None:
-    """What the parts do not check themselves."""
-    if config.iterations < 1 or config.checkpoint_interval < 1:
-        raise ValueError(
-            f"iterations, checkpoint_interval: expected at least 1, got {config.iterations}, "
-            f"{config.checkpoint_interval}"
-        )
-    if not 1 <= config.kept_paths <= config.sampled_paths:
-        raise ValueError(
-            f"kept_paths: expected 1 <= kept_paths <= sampled_paths={config.sampled_paths}, got {config.kept_paths}"
-        )
-    if config.stop_threshold is not None and not 0 <= config.stop_threshold < 1:
-        raise ValueError(f"stop_threshold: expected a value in [0, 1) or none, got {config.stop_threshold}")
-    if config.stop_interval is not None and config.stop_interval * config.sampled_paths <= config.pool_size:
-        raise ValueError(
-            f"stop_interval: expected more than pool_size / sampled_paths = {config.pool_size}/{config.sampled_paths} "
-            f"rounds, in which the whole pool could be new, got {config.stop_interval}; with fewer the pool looks "
-            f"steady at once"
-        )
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunFolder:
@@ -319,8 +304,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunFolder:
         FileExistsError, ValueError: as `RunFolder.open`, and for values that cannot be.
         FloatingPointError: the training diverged.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    check_training(config)
+    use_threads(config.threads)
     folder = RunFolder(config.run)
     trainer = SupernetTrainer(config, load_task(config))
     folder.open(config, resume)
