@@ -6,7 +6,7 @@ pymoo's NSGA-II (Deb et al., 2002) is driven by ask and tell, so that a whole po
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from pymoo.problems.static import StaticProblem
 from torch import Tensor
 
 from greedynas.config import SearchConfig
+from greedynas.data.seeds import derive_seed
+from greedynas.option_checks import check_search, named_as_options, use_threads
 from greedynas.progress import Reporter
 from greedynas.runs import RunFolder, TrainedRun, load_run
 from greedynas.samplers import UniformSampler
@@ -58,14 +60,17 @@ class PathScores:
                 min(config.calibration_images, len(data.train)), seed=config.seed
             )
         self.images = len(data.validation) if config.validation_images is None else config.validation_images
-        if not 1 <= self.images <= len(data.validation):
+        if self.images > len(data.validation):
             raise ValueError(
                 f"validation_images: expected 1 to {len(data.validation)} (all of them), got {self.images}"
             )
+        # A random part, since images in folders come class by class.
+        generator = torch.Generator().manual_seed(derive_seed("search", config.seed))
+        self._indices = torch.randperm(len(data.validation), generator=generator)[: self.images]
         self._known: dict[Path, dict[str, Any]] = {}
         for record in log.read():
             self._known[tuple(record["path"])] = record
-        self._seen: set[Path] = set()
+        self.seen: set[Path] = set()
         self.order: list[Path] = []  # evaluated paths of this search, in order
 
     def score(self, paths: Sequence[Path], generation: int) -> list[dict[str, Any]]:
@@ -88,8 +93,8 @@ class PathScores:
                 self._known[path] = {**record, "generation": generation}
                 self._log.append(self._known[path])
         for path in paths:
-            if path not in self._seen:
-                self._seen.add(path)
+            if path not in self.seen:
+                self.seen.add(path)
                 self.order.append(path)
         return [self._known[path] for path in paths]
 
@@ -98,8 +103,7 @@ class PathScores:
         return [self._known[path] for path in self.order]
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        indices = torch.arange(self.images)
-        for part in torch.split(indices, self._config.batch_size):
+        for part in torch.split(self._indices, self._config.batch_size):
             yield self._run.task.data.validation.batch(part)
 
 
@@ -110,12 +114,8 @@ def search(config: SearchConfig, *, resume: bool = False) -> RunFolder:
         FileNotFoundError: there is no finished training.
         FileExistsError, ValueError: as `RunFolder.open`, and for values that cannot be.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.population < 2 or config.generations < 1:
-        raise ValueError(
-            f"population, generations: expected at least 2 and 1, got {config.population}, {config.generations}"
-        )
+    check_search(config)
+    use_threads(config.threads)
     run = load_run(config.run)
     budget = config.max_macs if config.max_macs is not None else run.config.max_macs
     folder = run.folder.search(config.name or config.method)
@@ -123,7 +123,7 @@ def search(config: SearchConfig, *, resume: bool = False) -> RunFolder:
     if folder.finished:
         return folder
     scores = PathScores(run, config, MetricsLog(folder.metrics))
-    with Reporter(f"search ({config.method})", config.generations) as reporter:
+    with Reporter(f"search ({config.method})", config.generations) as reporter, named_as_options(max_cost="max_macs"):
         if config.method == "nsga2":
             history = _nsga2(run, config, budget, scores, reporter)
         else:
@@ -168,14 +168,22 @@ def first_population(
         fitting = [p for p, cost in zip(pool.tolist(), macs, strict=True) if budget is None or cost <= budget]
         paths = dict.fromkeys(tuple(path) for path in fitting[:size])
     from_pool = len(paths)
-    sampler = _sampler(run, budget)
-    for _ in range(1000):
-        if len(paths) >= size:
-            break
-        paths.update(dict.fromkeys(map(tuple, sampler.sample(size, generator).tolist())))
+    if from_pool < size:
+        paths.update(dict.fromkeys(_draw_new(_sampler(run, budget), size - from_pool, paths, generator)))
     if len(paths) < size:
         raise ValueError(f"population: expected at most the {len(paths)} distinct paths that were found, got {size}")
-    return torch.tensor(list(paths)[:size]), from_pool
+    return torch.tensor(list(paths)), from_pool
+
+
+def _draw_new(sampler: UniformSampler, count: int, taken: Container[Path], generator: torch.Generator) -> list[Path]:
+    """`count` different paths that are not `taken`; fewer where a thousand times as many draws find no more."""
+    new: dict[Path, None] = {}
+    for _ in range(1000):
+        if len(new) >= count:
+            break
+        drawn: Iterator[Path] = map(tuple, sampler.sample(count, generator).tolist())
+        new.update(dict.fromkeys(path for path in drawn if path not in taken))
+    return list(new)[:count]
 
 
 def _sampler(run: TrainedRun, budget: float | None) -> UniformSampler:
@@ -217,7 +225,7 @@ def _nsga2(
         Evaluator().eval(StaticProblem(problem, **_figures_of(records, config.cost_objective, budget)), asked)
         algorithm.tell(infills=asked)
         history.append(_generation(len(history), scores, budget, from_pool if not history else None))
-        reporter.advance({"best loss": f"{history[-1]['best_loss']:.4f}", "paths": str(len(scores.order))})
+        _report(reporter, history[-1])
     return history
 
 
@@ -239,14 +247,22 @@ def _random(
     sampler = _sampler(run, budget)
     history: list[dict[str, Any]] = []
     for number in range(config.generations):
-        paths: list[Path] = list(map(tuple, sampler.sample(config.population, generator).tolist()))
+        # New ones only, so that the baseline sees as many paths as NSGA-II at the least.
+        paths = _draw_new(sampler, config.population, scores.seen, generator)
+        if not paths and history:
+            break  # the space is exhausted
         scores.score(paths, number)
         history.append(_generation(number, scores, budget, None))
-        reporter.advance({"best loss": f"{history[-1]['best_loss']:.4f}", "paths": str(len(scores.order))})
+        _report(reporter, history[-1])
     return history
 
 
 def _generation(number: int, scores: PathScores, budget: float | None, from_pool: int | None) -> dict[str, Any]:
     losses = [r["loss"] for r in scores.records() if (budget is None or r["macs"] <= budget) and np.isfinite(r["loss"])]
-    entry = {"generation": number, "best_loss": min(losses, default=_WORST), "paths": len(scores.order)}
+    entry = {"generation": number, "best_loss": min(losses, default=None), "paths": len(scores.order)}
     return entry if from_pool is None else {**entry, "from_pool": from_pool}
+
+
+def _report(reporter: Reporter, entry: dict[str, Any]) -> None:
+    best = entry["best_loss"]
+    reporter.advance({"best loss": "-" if best is None else f"{best:.4f}", "paths": str(entry["paths"])})
