@@ -18,7 +18,9 @@ from greedynas.data import BatchStream
 from greedynas.data.seeds import derive_seed
 from greedynas.learning_rates import cosine, exponential, with_warmup
 from greedynas.network import Network
+from greedynas.option_checks import check_retraining, named_as_options, use_threads
 from greedynas.progress import Reporter
+from greedynas.rmsprop import TensorFlowRMSprop
 from greedynas.runs import RunFolder, Task, TrainedRun, load_run
 from greedynas.storage import MetricsLog, read_json, save_tensors, write_json
 
@@ -27,10 +29,7 @@ class NetworkTrainer:
     """Trains one standalone network, epoch by epoch."""
 
     def __init__(self, config: RetrainConfig, task: Task, path: Tensor) -> None:
-        if config.epochs < 1:
-            raise ValueError(f"epochs: expected at least 1, got {config.epochs}")
-        if not 0.0 <= config.ema_decay < 1.0:
-            raise ValueError(f"ema_decay: expected a value in [0, 1), got {config.ema_decay}")
+        check_retraining(config)
         self.config, self.task, self.path = config, task, path
         network = Network(task.space, path, seed=config.seed, dropout=config.dropout).train()
         self.network: Network = network.to(memory_format=torch.channels_last)
@@ -49,7 +48,7 @@ class NetworkTrainer:
         groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         if self.config.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.config.learning_rate, momentum=0.9, nesterov=True)
-        return torch.optim.RMSprop(groups, lr=self.config.learning_rate, alpha=0.9, momentum=0.9, eps=1e-3)
+        return TensorFlowRMSprop(groups, lr=self.config.learning_rate)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
@@ -103,7 +102,20 @@ class NetworkTrainer:
         """The network whose accuracy counts: the moving average where there is one."""
         return self.network if self.average is None else self.average
 
-    def modules(self) -> dict[str, nn.Module]:
+    def save(self, folder: RunFolder) -> None:
+        """Writes a checkpoint."""
+        state = {"epoch": self.epoch, "seconds": self.seconds}
+        save_checkpoint(folder.checkpoint, self._modules(), self.optimizer, self.generator, state)
+
+    def restore(self, folder: RunFolder) -> None:
+        """Continues from the checkpoint."""
+        state = load_checkpoint(folder.checkpoint, self._modules(), self.optimizer, self.generator)
+        try:
+            self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder.checkpoint}: expected the state of a retraining, got {error!r}") from error
+
+    def _modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds."""
         return {"network": self.network} if self.average is None else {"network": self.network, "average": self.average}
 
@@ -142,8 +154,8 @@ def retrain(config: RetrainConfig, *, resume: bool = False) -> RunFolder:
         FileExistsError, ValueError: as `RunFolder.open`, and for values that cannot be.
         FloatingPointError: the training diverged.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    check_retraining(config)
+    use_threads(config.threads)
     run = load_run(config.run)
     path = _path_of(config, run)
     trainer = NetworkTrainer(config, run.task, path)
@@ -153,8 +165,7 @@ def retrain(config: RetrainConfig, *, resume: bool = False) -> RunFolder:
         return folder
     metrics = MetricsLog(folder.metrics)
     if folder.checkpoint.exists():
-        state = load_checkpoint(folder.checkpoint, trainer.modules(), trainer.optimizer, trainer.generator)
-        trainer.epoch, trainer.seconds = int(state["epoch"]), float(state["seconds"])
+        trainer.restore(folder)
     metrics.truncate_after(trainer.epoch)
     with Reporter("retrain", config.epochs, done=trainer.epoch) as reporter:
         while trainer.epoch < config.epochs:
@@ -163,8 +174,7 @@ def retrain(config: RetrainConfig, *, resume: bool = False) -> RunFolder:
             reporter.advance({"loss": f"{record['training_loss']:.3f}"})
             if trainer.epoch % config.checkpoint_interval == 0 or trainer.epoch == config.epochs:
                 metrics.sync()
-                state = {"epoch": trainer.epoch, "seconds": trainer.seconds}
-                save_checkpoint(folder.checkpoint, trainer.modules(), trainer.optimizer, trainer.generator, state)
+                trainer.save(folder)
     save_tensors(folder.network, trainer.tested.state_dict(), {"path": path.tolist()})
     data, space = run.task.data, run.task.space
     test_accuracy, test_images = accuracy(trainer.tested, data.test.batches(1000))
@@ -185,7 +195,8 @@ def retrain(config: RetrainConfig, *, resume: bool = False) -> RunFolder:
 
 def _path_of(config: RetrainConfig, run: TrainedRun) -> Tensor:
     if config.path is not None:
-        return run.task.space.encode(config.path.split())
+        with named_as_options(names="path"):
+            return run.task.space.encode(config.path.split())
     found = run.folder.search(config.search)
     if not found.finished:
         names = ", ".join(run.folder.names("search")) or "none"
