@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from greedynas.config import (
     from_mapping,
     load_config,
     read_yaml,
+    to_mapping,
 )
 from greedynas.demo import DemoConfig, demo
+from greedynas.option_checks import check_evaluation, named_as_options, use_threads
 from greedynas.report import write_report
 from greedynas.retraining import retrain
 from greedynas.runs import RunFolder, load_run
 from greedynas.search import search
+from greedynas.spaces import Space
 from greedynas.storage import read_json
 from greedynas.training import train
 from greedynas_ext import evaluate_paths
@@ -43,7 +46,12 @@ commands:
   demo      all of it on handwritten digits, greedy beside uniform
 
 `greedynas COMMAND --help` lists a command's options. --config takes a YAML file of options, or the name of a preset
-({presets}); options on the command line come before it. --resume continues what was interrupted."""
+({presets}); options on the command line take precedence over it. --resume continues what was interrupted, with the
+options that it was started with."""
+_COMMON_OPTIONS = """
+
+--config FILE.yaml: options from a file, or the name of a preset; those on the command line take precedence.
+--resume: continue what was interrupted, with the options that it was started with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,44 +70,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE.format(presets=presets))
         raise SystemExit(0 if words else 2)
     if words[0] not in commands:
-        raise SystemExit(f"greedynas: expected a command among {', '.join(commands)}, got {words[0]!r}")
+        print(f"greedynas: expected a command among {', '.join(commands)}, got {words[0]!r}", file=sys.stderr)
+        raise SystemExit(2)
     try:
         commands[words[0]](words[1:])
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"greedynas {words[0]}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print(f"greedynas {words[0]}: interrupted; --resume continues it", file=sys.stderr)
+        hint = "; --resume continues it" if words[0] in ("train", "search", "retrain") else ""
+        print(f"greedynas {words[0]}: interrupted{hint}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def parse(kind: type[Config], command: str, words: list[str], saved: Path | None = None) -> Config:
-    """A config from a YAML file, if --config names one, and the options behind it.
+def parse(
+    kind: type[Config],
+    command: str,
+    words: Sequence[str],
+    folder_of: Callable[[RunFolder, Mapping[str, Any]], RunFolder] | None = None,
+) -> tuple[Config, bool]:
+    """A config from a YAML file, if --config names one, and the options behind it; and whether to resume.
 
     Args:
         kind: the class of the config.
         command: its name, for help texts.
         words: the command line behind it.
-        saved: the config of the stage that is resumed, which gives the defaults then.
+        folder_of: the stage's folder within a run's, given what is known of the options; None where --config and
+            --resume mean nothing. What is resumed gives the defaults for options that are not set.
 
     Raises:
         FileNotFoundError, ValueError: a config file is missing or wrong.
         SystemExit: an option is wrong, or --help.
     """
-    rest, source = _take_value(words, "--config")
-    default: Any = None
-    if saved is not None and saved.exists():
-        default = load_config(kind, saved)
-    elif source is not None:
+    if folder_of is None:
+        return _parse_options(kind, command, words, None, ""), False
+    words, resume = _take_flag(words, "--resume")
+    words, source = _take_value(words, "--config")
+    values: dict[str, Any] = {}
+    if source is not None:
         preset = _PRESETS / command / f"{source}.yaml"
         file = preset if preset.exists() else Path(source)
         values = read_yaml(file)
-        # `run` is where this run lies, and a file of options need not know that: the command line must then.
-        values.setdefault("run", _take_value(words, "--run")[1] or "")
-        default = from_mapping(kind, values, str(file))
-        if default.run == Path(""):
+        from_mapping(kind, {"run": "", **values}, str(file))  # a file need not know where the run lies
+    for option in ("run", "name", "method", "search"):
+        value = _take_value(words, f"--{option}")[1]
+        if value is not None and option in kind.__dataclass_fields__:
+            values[option] = value
+    if resume and "run" in values:
+        saved = folder_of(RunFolder(Path(values["run"])), values).config
+        if saved.exists():
+            values = {**to_mapping(load_config(kind, saved)), **values}
+    default: Config | None = None
+    if values:
+        if "run" not in values:
             raise ValueError("run: expected --run FOLDER, got none")
-    config: Config = tyro.cli(kind, args=rest, prog=f"greedynas {command}", default=default)
+        default = from_mapping(kind, values, source or "options")
+    return _parse_options(kind, command, words, default, _COMMON_OPTIONS), resume
+
+
+def _parse_options(kind: type[Config], command: str, words: Sequence[str], default: Any, more: str) -> Config:
+    config: Config = tyro.cli(
+        kind, args=words, prog=f"greedynas {command}", default=default, description=f"{kind.__doc__}{more}"
+    )
     return config
 
 
@@ -115,55 +147,48 @@ def _take_value(words: Sequence[str], option: str) -> tuple[list[str], str | Non
     return list(words), None
 
 
-def _first_value(words: Sequence[str], *options: str) -> str | None:
-    """The value of the first of `options` that has one."""
-    return next((value for option in options if (value := _take_value(words, option)[1]) is not None), None)
-
-
-def _folder(words: Sequence[str]) -> RunFolder:
-    return RunFolder(Path(_take_value(words, "--run")[1] or "."))
-
-
 def _take_flag(words: Sequence[str], flag: str) -> tuple[list[str], bool]:
     return [word for word in words if word != flag], flag in words
 
 
 def _train(words: list[str]) -> None:
-    words, resume = _take_flag(words, "--resume")
-    config = parse(TrainConfig, "train", words, _folder(words).config if resume else None)
+    config, resume = parse(TrainConfig, "train", words, lambda run, options: run)
     folder = train(config, resume=resume)
     print(f"trained: {write_report(folder.root)}")
 
 
 def _search(words: list[str]) -> None:
-    words, resume = _take_flag(words, "--resume")
-    name = _first_value(words, "--name", "--method") or "nsga2"
-    config = parse(SearchConfig, "search", words, _folder(words).search(name).config if resume else None)
+    config, resume = parse(
+        SearchConfig,
+        "search",
+        words,
+        lambda run, options: run.search(options.get("name") or options.get("method") or "nsga2"),
+    )
     chosen = read_json(search(config, resume=resume).summary)["chosen"]
     print(f"chosen: {' '.join(chosen['names'])}  loss {chosen['loss']:.4f}  {chosen['macs']:.2f}M MACs")
     print(f"report: {write_report(config.run)}")
 
 
 def _retrain(words: list[str]) -> None:
-    words, resume = _take_flag(words, "--resume")
-    name = _first_value(words, "--name", "--search") or "nsga2"
-    config = parse(RetrainConfig, "retrain", words, _folder(words).retraining(name).config if resume else None)
+    config, resume = parse(
+        RetrainConfig,
+        "retrain",
+        words,
+        lambda run, options: run.retraining(options.get("name") or options.get("search") or "nsga2"),
+    )
     summary = read_json(retrain(config, resume=resume).summary)
     print(f"test accuracy: {summary['test_accuracy']:.2%} of {summary['test_images']} images")
     print(f"report: {write_report(config.run)}")
 
 
 def _evaluate(words: list[str]) -> None:
-    config = parse(EvaluateConfig, "evaluate", words)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config, _ = parse(EvaluateConfig, "evaluate", words)
+    check_evaluation(config)
+    use_threads(config.threads)
     run = load_run(config.run)
     data, space = run.task.data, run.task.space
     if config.paths is not None:
-        lines = [line.split() for line in config.paths.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"paths: expected a path in each line of {config.paths}, got an empty file")
-        paths = torch.stack([space.encode(names) for names in lines])
+        paths = _read_paths(config.paths, space)
     elif len(run.pool):
         paths = run.pool.paths[: config.top]
     else:
@@ -191,9 +216,26 @@ def _evaluate(words: list[str]) -> None:
     )
 
 
+def _read_paths(file: Path, space: Space) -> torch.Tensor:
+    """Paths [m, L] from a file that names the operations of one in each line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"paths: {file}: expected a text file, {error}") from error
+    paths = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            with named_as_options(names=f"paths: {file}: line {number}"):
+                paths.append(space.encode(line.split()))
+    if not paths:
+        raise ValueError(f"paths: expected a path in each line of {file}, got an empty file")
+    return torch.stack(paths)
+
+
 def _report(words: list[str]) -> None:
     if len(words) != 1 or words[0].startswith("-"):
-        raise SystemExit("usage: greedynas report RUN_FOLDER")
+        print("usage: greedynas report RUN_FOLDER", file=sys.stderr)
+        raise SystemExit(2)
     print(write_report(Path(words[0])))
 
 
