@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from greedynas._checks import check_count
 from greedynas.comparison import Arm, write_comparison
 from greedynas.config import RetrainConfig, SearchConfig, TrainConfig
 from greedynas.report import write_report
@@ -49,7 +50,17 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> Path:
-    """Runs the demo, or what is left of it; returns the path of its report."""
+    """Runs the demo, or what is left of it; returns the path of its report.
+
+    Raises:
+        ValueError: an option cannot be, or differs from that with which the demo was begun.
+    """
+    check_count("retrainings", config.retrainings, 1)
+    if check_count("iterations", config.iterations, 1) <= config.warmup_iterations:
+        raise ValueError(
+            f"warmup_iterations: expected less than iterations={config.iterations}, so that some rounds are greedy, "
+            f"got {config.warmup_iterations}"
+        )
     console = Console(stderr=True)
 
     def say(text: str) -> None:
