@@ -8,11 +8,14 @@ putting back, it is held and delivered at the next safe point.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,9 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Their forward leaves running statistics alone while batch normalisation is intercepted: see intercept.py.
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class _Hold:
+    """What a module is given back when the last evaluation that uses it ends."""
+
+    evaluations: int
+    training: bool
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
+    copies: dict[str, Tensor]  # of the buffers that a forward may write to
+
+
 _lock = threading.Lock()
-# module -> [evaluations that hold it in evaluation mode, its own flag]
-_held: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_holds: WeakKeyDictionary[nn.Module, _Hold] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -56,23 +73,22 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
 def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Runs its body with `modules` in evaluation mode and puts everything back, also after an exception.
 
-    Put back are training flags, buffers that a forward writes to, and the states of the random generators of torch
-    (CPU and `device`), numpy and Python. A parameter that was written to is reported with RuntimeError, since it
-    cannot be restored without copying all of them.
+    Put back are training flags, buffers that a forward writes to, replaces or registers, and the states of the random
+    generators of torch (CPU and `device`), numpy and Python. A parameter that was written to is reported with
+    RuntimeError, since it cannot be restored without copying all of them.
     """
     every = _all_modules(modules)
-    parameters = [(name, p, p._version) for m in every for name, p in m._parameters.items() if p is not None]
-    buffers = _copy_buffers(every)
+    versions = [(name, p, _version(p)) for m in every for name, p in m._parameters.items() if p is not None]
     generators = _generator_states(device)
-    _enter_evaluation(every)
+    held: list[nn.Module] = []
     try:
+        _hold(every, held)
         yield
     finally:
-        _leave_evaluation(every)
-        _restore_buffers(buffers)
+        _release(held)
         _restore_generators(generators, device)
-    for name, parameter, version in parameters:
-        if parameter._version != version:
+    for name, parameter, version in versions:
+        if _version(parameter) != version:
             raise RuntimeError(
                 f"supernet: expected a forward that leaves its parameters alone, but {name!r} "
                 f"{list(parameter.shape)} was written to while its operation ran"
@@ -87,48 +103,64 @@ def _all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(seen.values())
 
 
-def _enter_evaluation(modules: Sequence[nn.Module]) -> None:
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+
+
+def _hold(modules: Sequence[nn.Module], held: list[nn.Module]) -> None:
+    """Switches to evaluation mode; `held` gets each module that has to be released."""
     with _lock:
         for module in modules:
-            entry = _held.setdefault(module, [0, module.training])
-            entry[0] += 1
+            hold = _holds.get(module)
+            if hold is None:
+                hold = _holds[module] = _Hold(
+                    0, module.training, dict(module._parameters), dict(module._buffers), _copied_buffers(module)
+                )
+            hold.evaluations += 1
+            held.append(module)
             if module.training:
                 module.training = False
 
 
-def _leave_evaluation(modules: Sequence[nn.Module]) -> None:
+def _release(held: Sequence[nn.Module]) -> None:
     with _lock:
-        for module in modules:
-            entry = _held[module]
-            entry[0] -= 1
-            if entry[0] == 0:
-                if module.training != entry[1]:
-                    module.training = entry[1]
-                del _held[module]
+        for module in held:
+            hold = _holds[module]
+            hold.evaluations -= 1
+            if hold.evaluations > 0:
+                continue
+            del _holds[module]
+            if module.training != hold.training:
+                module.training = hold.training
+            _put_back(module._parameters, hold.parameters)
+            _put_back(module._buffers, hold.buffers)
+            for name, copy in hold.copies.items():
+                buffer = hold.buffers[name]
+                assert buffer is not None
+                _restore(buffer, copy)
 
 
-# the dictionary that holds a buffer, its name, the tensor, a copy
-_Buffer = tuple[dict[str, Tensor | None], str, Tensor, Tensor]
+def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    plain = type(module) in _PLAIN_NORMS and "forward" not in module.__dict__
+    if plain and not module._forward_hooks and not module._forward_pre_hooks:
+        return {}
+    return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def _copy_buffers(modules: Sequence[nn.Module]) -> list[_Buffer]:
-    # The running statistics of a batch normalisation are safe: see intercept.py.
-    return [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in modules
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """The same names with the same objects, in the same order."""
+    if list(now) != list(before) or any(now[name] is not value for name, value in before.items()):
+        now.clear()
+        now.update(before)
 
 
-def _restore_buffers(buffers: Sequence[_Buffer]) -> None:
-    for owner, name, tensor, copy in buffers:
-        if owner.get(name) is not tensor:
-            owner[name] = tensor
-        if not torch.equal(tensor, copy):
-            with torch.no_grad():
-                tensor.copy_(copy)
+def _restore(tensor: Tensor, copy: Tensor) -> None:
+    if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
+        tensor.data = copy
+        return
+    if not bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all()):
+        with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+            tensor.copy_(copy)
 
 
 def _generator_states(device: torch.device) -> tuple[Any, ...]:
@@ -138,8 +170,9 @@ def _generator_states(device: torch.device) -> tuple[Any, ...]:
 
 def _restore_generators(states: tuple[Any, ...], device: torch.device) -> None:
     torch_state, accelerator, python_state, numpy_state = states
-    drawn = not torch.equal(torch.get_rng_state(), torch_state)
-    if drawn:
+    drawn = False
+    if not torch.equal(torch.get_rng_state(), torch_state):
+        drawn = True
         torch.set_rng_state(torch_state)
     if accelerator is not None and not torch.equal(torch.cuda.get_rng_state(device), accelerator):
         drawn = True
@@ -147,10 +180,7 @@ def _restore_generators(states: tuple[Any, ...], device: torch.device) -> None:
     if random.getstate() != python_state:
         drawn = True
         random.setstate(python_state)
-    now: Any = np.random.get_state(legacy=False)
-    if now["state"]["pos"] != numpy_state["state"]["pos"] or not np.array_equal(
-        now["state"]["key"], numpy_state["state"]["key"]
-    ):
+    if not _equal(np.random.get_state(legacy=False), numpy_state):
         drawn = True
         np.random.set_state(numpy_state)
     if drawn:
@@ -158,5 +188,21 @@ def _restore_generators(states: tuple[Any, ...], device: torch.device) -> None:
             "supernet: random numbers were drawn while paths were evaluated (in this thread or another), so an "
             "operation's output may depend on chance; the generators were put back",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of states of numpy generators: nested dictionaries of arrays and numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return bool(np.array_equal(one, other))
+
+
+def _callers_level() -> int:
+    """The stack level, for a warning given by the caller, of the first frame outside this package."""
+    inside = (os.path.join(os.path.dirname(__file__), ""), contextlib.__file__)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
