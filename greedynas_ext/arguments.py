@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Operation: TypeAlias = Callable[[Tensor], Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -64,19 +69,49 @@ class Chain:
         for name, part in parts.items():
             if not callable(part):
                 raise TypeError(f"supernet.{name}: expected a module or function, got {type(part).__name__}")
-            if isinstance(part, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"supernet.{name}: expected a module that runs in Python, got a TorchScript module, whose batch "
-                    f"normalisations cannot be seen"
-                )
+            _check_visible(name, part)
         return cls(supernet.stem, choices, supernet.head)
 
     def modules_of(self, paths: Tensor) -> list[nn.Module]:
-        """The modules that `paths` [m, layers] use, stem and head among them."""
+        """The modules that `paths` [m, layers] use, stem and head among them, and those that functions hold."""
         used = [self.stem, self.head]
         for layer, ops in enumerate(self.choices):
             used += [ops[op] for op in torch.unique(paths[:, layer]).tolist()]
-        return [part for part in used if isinstance(part, nn.Module)]
+        return [module for part in used for module in _modules_behind(part)]
+
+
+def _modules_behind(part: Any) -> list[nn.Module]:
+    """A module itself; for a function or callable object the modules that it has in reach."""
+    if isinstance(part, nn.Module):
+        return [part]
+    held: list[Any] = [getattr(part, "__self__", None)]
+    if isinstance(part, functools.partial):
+        held += [part.func, *part.args, *part.keywords.values()]
+    held += [*(getattr(part, "__defaults__", None) or ()), *(getattr(part, "__kwdefaults__", None) or {}).values()]
+    for cell in getattr(part, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    held += getattr(part, "__dict__", {}).values()
+    modules = [value for value in held if isinstance(value, nn.Module)]
+    if isinstance(part, functools.partial):
+        modules += _modules_behind(part.func) if not isinstance(part.func, nn.Module) else []
+    return modules
+
+
+def _check_visible(name: str, part: Any) -> None:
+    """Batch normalisations are caught where Python calls them, on parameters that exist."""
+    modules = list(part.modules()) if isinstance(part, nn.Module) else []
+    if any(isinstance(inner, torch.jit.ScriptModule | torch.jit.ScriptFunction) for inner in (part, *modules)):
+        raise TypeError(
+            f"supernet.{name}: expected a module that runs in Python, got one with TorchScript in it, whose batch "
+            f"normalisations cannot be seen"
+        )
+    for inner in modules:
+        if any(t is not None and is_lazy(t) for t in (*inner._parameters.values(), *inner._buffers.values())):
+            raise ValueError(
+                f"supernet.{name}: expected initialised parameters, got those of a {type(inner).__name__} that has "
+                f"not run yet"
+            )
 
 
 def check_paths(given: Any, chain: Chain) -> Tensor:
@@ -85,6 +120,10 @@ def check_paths(given: Any, chain: Chain) -> Tensor:
     expected = f"paths: expected int64 [m, {layers}] (an operation index for each layer)"
     if isinstance(given, Tensor):
         paths = given
+    elif isinstance(given, np.ndarray):
+        if given.dtype != np.int64:
+            raise TypeError(f"{expected}, got {given.dtype} {list(given.shape)}")
+        paths = torch.from_numpy(given.copy())
     else:
         rows = list(given) if isinstance(given, Iterable) else None
         if rows is None:
@@ -114,6 +153,8 @@ def check_paths(given: Any, chain: Chain) -> Tensor:
 def _index(op: Any, expected: str) -> int:
     if isinstance(op, bool) or not hasattr(op, "__index__"):
         raise TypeError(f"{expected}, got an entry {op!r}")
+    if not -(2**63) <= int(op) < 2**63:
+        raise ValueError(f"{expected}, got an entry {op!r}")
     return int(op)
 
 
@@ -129,6 +170,14 @@ def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """`value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -149,10 +198,11 @@ def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
         raise ValueError(f"{name}: expected [N, C, H, W] with no empty dimension, got {list(images.shape)}")
     if device is not None and images.device != device:
         raise ValueError(f"{name}: expected the supernet's device {device}, got {images.device}")
-    if not bool(torch.isfinite(images).all()):
+    # The sum is finite only where all values are (unless it overflows), and needs no memory.
+    if not bool(torch.isfinite(images.sum())) and not bool(torch.isfinite(images).all()):
         count = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in {count} of {len(images)} images")
-    return images
+    return images.detach().as_subclass(Tensor)
 
 
 def check_targets(targets: Any, images: Tensor) -> Tensor:
