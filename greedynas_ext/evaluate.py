@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,9 @@ from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.intercept import Interceptor, Normalisation
 from greedynas_ext.isolation import held_interrupts, undisturbed
+from greedynas_ext.memory import MemoryEstimate, estimate_memory
 from greedynas_ext.plan import EvaluationPlan, Trie
-from greedynas_ext.runner import Profile, Runner, StageProfile, estimate_memory
+from greedynas_ext.runner import Profile, Runner, StageProfile
 
 _LOGITS_BYTES = 64 << 20  # logits are gathered up to this size before their loss is computed
 
@@ -113,8 +114,7 @@ def evaluate_paths(
     arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
     arguments.check_positive("max_memory", max_memory)
     arguments.check_positive("micro_batch", micro_batch)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    arguments.check_fraction("label_smoothing", label_smoothing)
     modules = chain.modules_of(checked_paths)
     device, dtype = _device_and_dtype(modules)
     if (calibration is not None) != (bn == "recalibrated"):
@@ -123,14 +123,16 @@ def evaluate_paths(
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
-    evaluation = _Evaluation(chain, checked_paths, modules, dtype, bn, label_smoothing, precision, max_memory, profile)
+    evaluation = _Evaluation(
+        chain, checked_paths, modules, dtype, bn, label_smoothing, precision, max_memory, per_image, profile
+    )
     if calibration is not None:
         evaluation.calibrate(calibration)
     for batch_images, batch_targets in arguments.iterate_batches(images, targets, device):
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             evaluation.add(*part)
-    return evaluation.result(k, per_image, micro_batch)
+    return evaluation.result(k, micro_batch)
 
 
 def _device_and_dtype(modules: Sequence[nn.Module]) -> tuple[torch.device | None, torch.dtype | None]:
@@ -155,52 +157,52 @@ class _Evaluation:
         label_smoothing: float,
         precision: str | None,
         max_memory: int | None,
+        per_image: bool,
         profile: bool,
     ) -> None:
         self._chain, self._modules, self._dtype = chain, modules, dtype
         self._bn, self._label_smoothing, self._precision = bn, label_smoothing, precision
-        self._max_memory, self._profiling = max_memory, profile
+        self._max_memory, self._per_image, self._profiling = max_memory, per_image, profile
         self._trie = Trie(paths)
         cast_to, cast_from = _casts(precision)
         self._interceptor = Interceptor(cast_to, cast_from)
         self._runner: Runner | None = None
         self._profile: Profile
         self._traversal, self._split = "depth-first", 1
+        self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
         self._macs: tuple[int, int] | None = None
         # Sums over images for each leaf, on the images' device; the number of images; losses of each image
         self._loss_sums: dict[int, Tensor] = {}
         self._correct: dict[int, Tensor] = {}
-        self._image_losses: dict[int, list[Tensor]] = {}
+        self._image_losses: dict[int, list[Tensor]] = {}  # only on request
+        self._result_dtype = torch.float32
         self._image_counts: list[int] = []
 
     def calibrate(self, images: Tensor) -> None:
         """One pass whose batch statistics become the constants of each node."""
         with self._running(images) as (runner, safe_point):
-            images = self._cast(images)
-            traversal, split = self._choose_traversal(images, may_split=False)
-            assert split == 1
-            runner.run(images, traversal, "capture", lambda leaf, logits: None, safe_point)
+            traversal, _, _ = self._choose_traversal("calibration", images, safe_point)
+            runner.run(self._cast(images), traversal, "capture", lambda leaf, logits: None, safe_point)
 
     def add(self, images: Tensor, targets: Tensor) -> None:
         """Evaluates one batch."""
         normalisation: Normalisation = {"batch": "batch", "running": "running", "recalibrated": "constants"}[self._bn]  # type: ignore[assignment]
         with self._running(images) as (runner, safe_point):
-            images = self._cast(images)
-            self._traversal, split = self._choose_traversal(images, may_split=self._bn != "batch")
+            self._traversal, split, gathered = self._choose_traversal("images", images, safe_point)
             self._split = max(self._split, split)
             for part, part_targets in zip(images.tensor_split(split), targets.tensor_split(split), strict=True):
-                gather = _LogitsGatherer(functools.partial(self._score, part_targets))
-                runner.run(part, self._traversal, normalisation, gather.add, safe_point)
+                gather = _LogitsGatherer(functools.partial(self._score, part_targets), gathered)
+                runner.run(self._cast(part), self._traversal, normalisation, gather.add, safe_point)
                 gather.flush()
                 self._image_counts.append(len(part))
             if self._macs is None:
                 self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
 
-    def result(self, k: int | None, per_image: bool, micro_batch: int | None) -> PathEvaluation:
+    def result(self, k: int | None, micro_batch: int | None) -> PathEvaluation:
         """Means over all images so far."""
         leaves = self._trie.leaf_of_path
         count = sum(self._image_counts)
-        dtype = self._image_losses[leaves[0]][0].dtype
+        dtype = self._result_dtype
         losses = (torch.stack([self._loss_sums[leaf] for leaf in leaves]) / count).to(dtype)
         accuracy = (torch.stack([self._correct[leaf] for leaf in leaves]).double() / count).to(dtype)
         top_k = None
@@ -215,7 +217,7 @@ class _Evaluation:
                 )
             top_k = ops.select_top_k(losses, k)
         image_losses = None
-        if per_image:
+        if self._per_image:
             image_losses = torch.stack([torch.cat(self._image_losses[leaf]) for leaf in leaves])
         assert self._macs is not None
         per_layer = self._trie.nodes_per_layer()
@@ -241,42 +243,57 @@ class _Evaluation:
         if int(targets.max()) >= classes:
             raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
         _, image_losses, correct = ops.path_cross_entropy(logits, targets, self._label_smoothing)
+        self._result_dtype = image_losses.dtype
         self._profile.add("loss", since, 0, image_losses.numel() * image_losses.element_size())
         for position, leaf in enumerate(leaves):
             losses = image_losses[position]
-            self._image_losses.setdefault(leaf, []).append(losses)
+            if self._per_image:
+                self._image_losses.setdefault(leaf, []).append(losses)
             self._loss_sums[leaf] = self._loss_sums.get(leaf, 0) + losses.double().sum()
             self._correct[leaf] = self._correct.get(leaf, 0) + correct[position]
 
-    def _choose_traversal(self, images: Tensor, may_split: bool) -> tuple[str, int]:
-        if self._max_memory is None:
-            return "depth-first", 1
-        estimate = estimate_memory(self._chain, self._trie, self._interceptor, images)
-        if estimate.of("layer-by-layer") * len(images) <= self._max_memory:
-            return "layer-by-layer", 1
-        smallest = estimate.of("depth-first")
-        if smallest * len(images) <= self._max_memory:
-            return "depth-first", 1
-        fitting = self._max_memory // smallest
+    def _choose_traversal(self, argument: str, images: Tensor, safe_point: Callable[[], None]) -> tuple[str, int, int]:
+        """(traversal, number of parts of the batch, bytes for gathering logits) within `max_memory`."""
+        budget, count = self._max_memory, len(images)
+        if budget is None:
+            return "depth-first", 1, _LOGITS_BYTES
+        casting = self._cast(images[:1]).nbytes if self._evaluated_dtype(images) != images.dtype else 0
+        estimate = self._estimate_memory(images, safe_point, casting)
+        for traversal in ("layer-by-layer", "depth-first"):
+            needed = estimate.needed(traversal, count)
+            if needed <= budget:
+                return traversal, 1, min(_LOGITS_BYTES, budget - needed)
+        may_split = argument == "images" and self._bn != "batch"
+        fitting = estimate.images_within("depth-first", budget)
         if may_split and fitting > 0:
-            return "depth-first", math.ceil(len(images) / fitting)
-        needed = smallest if may_split else smallest * len(images)
-        advice = "" if may_split else "; fewer images, or micro_batch=, which changes the statistics, need less"
-        raise ValueError(
-            f"max_memory: expected at least {needed} bytes for these paths, got {self._max_memory}{advice}"
-        )
+            return "depth-first", math.ceil(count / fitting), 0
+        smallest = estimate.needed("depth-first", 1 if may_split else count)
+        advice = "" if may_split else f"; fewer {argument} need less"
+        if argument == "images" and not may_split:
+            advice += ", and so does micro_batch=, which changes the statistics"
+        raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
 
-    def _cast(self, images: Tensor) -> Tensor:
+    def _estimate_memory(self, images: Tensor, safe_point: Callable[[], None], casting: int) -> MemoryEstimate:
+        key = (images.shape[1:], images.dtype, len(images) > 1)
+        if key not in self._estimates:
+            estimate = estimate_memory(self._chain, self._trie, self._interceptor, self._cast(images[:2]), safe_point)
+            self._estimates[key] = replace(estimate, scoring=estimate.scoring + casting)
+        return self._estimates[key]
+
+    def _evaluated_dtype(self, images: Tensor) -> torch.dtype:
         dtype = self._dtype or images.dtype
         if self._precision == "fp32" or (self._precision == "bf16" and dtype != torch.bfloat16):
-            dtype = torch.float32
-        return images.to(dtype)
+            return torch.float32
+        return dtype
+
+    def _cast(self, images: Tensor) -> Tensor:
+        return images.to(self._evaluated_dtype(images))
 
     @contextlib.contextmanager
     def _running(self, images: Tensor) -> Iterator[tuple[Runner, Callable[[], None]]]:
         if self._runner is None:
             self._profile = Profile(self._profiling, images.device)
-            self._runner = Runner(self._chain, self._trie, self._interceptor, self._profile)
+            self._runner = Runner(self._chain, self._trie, self._modules, self._interceptor, self._profile)
         with (
             held_interrupts() as safe_point,
             undisturbed(self._modules, images.device),
@@ -287,17 +304,19 @@ class _Evaluation:
 
 
 class _LogitsGatherer:
-    """Gathers leaves' logits so that the loss kernel works on several paths at once."""
+    """Gathers leaves' logits so that the loss kernel works on several paths at once, within `limit` bytes."""
 
-    def __init__(self, score: Callable[[Sequence[int], Tensor], None]) -> None:
+    def __init__(self, score: Callable[[Sequence[int], Tensor], None], limit: int) -> None:
         self._score = score
+        self._limit = limit
         self._leaves: list[int] = []
         self._logits: list[Tensor] = []
 
     def add(self, leaf: int, logits: Tensor) -> None:
         self._leaves.append(leaf)
         self._logits.append(logits)
-        if len(self._logits) * logits.numel() * logits.element_size() >= _LOGITS_BYTES:
+        # Stacking holds them twice; with one more they shall not exceed the limit.
+        if 2 * (len(self._logits) + 1) * logits.nbytes > self._limit:
             self.flush()
 
     def flush(self) -> None:

@@ -15,19 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from greedynas_ext.macs import COUNTS, Count
+
 # mean [C], biased variance [C] of one batch normalisation, in the order in which a module calls them
 Statistics: TypeAlias = list[tuple[Tensor, Tensor]]
-# "capture" is "batch" that also keeps what it used; "constants" uses what was captured before.
-Normalisation: TypeAlias = Literal["batch", "running", "capture", "constants"]
+# "capture" is "batch" that also keeps what it used; "constants" uses what was captured before; "probe" does the work
+# of any of them, and does not mind a single value per channel.
+Normalisation: TypeAlias = Literal["batch", "running", "capture", "constants", "probe"]
 
-_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
-_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-)
-_PRODUCTS: tuple[Callable[..., Tensor], ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.mm)
-_NORMS: tuple[Callable[..., Tensor], ...] = (F.layer_norm, F.group_norm, F.instance_norm, F.prelu)
+_NORMS: tuple[Callable[..., Tensor], ...] = (F.layer_norm, F.group_norm, F.rms_norm, F.prelu)
 _DROPOUTS: tuple[Callable[..., Tensor], ...] = (
     F.dropout,
     F.dropout1d,
@@ -36,7 +32,29 @@ _DROPOUTS: tuple[Callable[..., Tensor], ...] = (
     F.alpha_dropout,
     F.feature_alpha_dropout,
     torch.dropout,
+    torch.dropout_,
     torch.feature_dropout,
+    torch.feature_dropout_,
+    torch.alpha_dropout,
+    torch.alpha_dropout_,
+    torch.feature_alpha_dropout,
+    torch.feature_alpha_dropout_,
+)
+# The position of the dropout probability among the arguments.
+_ATTENTIONS: dict[Callable[..., Any], int] = {
+    F.scaled_dot_product_attention: 4,
+    F.multi_head_attention_forward: 10,
+}
+# What lies below the function that batch normalisation modules call.
+_LOW_LEVEL_BATCH_NORMS: tuple[Any, ...] = (
+    torch.native_batch_norm,
+    torch._native_batch_norm_legit,
+    torch.batch_norm_stats,
+    torch.batch_norm_elemt,
+    torch.ops.aten.batch_norm,
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten.native_batch_norm.default,
 )
 
 
@@ -46,9 +64,8 @@ class Interceptor(TorchFunctionMode):
     Attributes:
         normalisation: what batch normalisations do from now on.
         statistics: filled by "capture" and consumed, from the front, by "constants".
-        macs: multiply-accumulates of convolutions, linear layers and matrix products since it was last set to 0,
-            summed over the images of the batch.
-        largest_bytes: bytes of the largest output of one of those and of batch normalisations since last set to 0.
+        macs: multiply-accumulates of convolutions, linear layers, matrix products and attention since it was last
+            set to 0, summed over the images of the batch.
         place: what is being run, for error messages.
     """
 
@@ -58,21 +75,22 @@ class Interceptor(TorchFunctionMode):
         self.normalisation: Normalisation = "batch"
         self.statistics: Statistics = []
         self.macs = 0
-        self.largest_bytes = 0
         self.place = "the supernet"
         self._cast_to = cast_to
         self._cast_from = cast_from
-        self._handlers: dict[Any, Callable[..., Any]] = {F.batch_norm: self._batch_norm, torch.batch_norm: self._raw}
+        self._handlers: dict[Any, Callable[..., Any]] = {
+            F.batch_norm: self._batch_norm,
+            torch.batch_norm: self._raw_batch_norm,
+            F.instance_norm: self._instance_norm,
+            torch.native_dropout: self._native_dropout,
+        }
         self._handlers.update(dict.fromkeys(_DROPOUTS, self._dropout))
-        for functions, count in (
-            (_CONVOLUTIONS, _convolution_macs),
-            (_TRANSPOSED, _transposed_macs),
-            ((F.linear,), _linear_macs),
-            (_PRODUCTS, _product_macs),
-            (_NORMS, _no_macs),
-        ):
-            for function in functions:
-                self._handlers[function] = self._counted(function, count)
+        self._handlers.update(dict.fromkeys(_LOW_LEVEL_BATCH_NORMS, self._refuse))
+        for function, count in (*COUNTS.items(), *dict.fromkeys(_NORMS, None).items()):
+            self._handlers[function] = self._counted(function, count)
+        # Their dropout lies below the mode's sight.
+        for function, position in _ATTENTIONS.items():
+            self._handlers[function] = self._counted(function, COUNTS[function], dropout=(position, "dropout_p"))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -83,31 +101,52 @@ class Interceptor(TorchFunctionMode):
         return handler(*args, **(kwargs or {}))
 
     def _cast(self, value: Any) -> Any:
-        if self._cast_to is not None and isinstance(value, Tensor) and value.dtype in self._cast_from:
-            return value.to(self._cast_to)
+        if not self._cast_from:
+            return value
+        if isinstance(value, Tensor):
+            return value.to(self._cast_to) if value.dtype in self._cast_from else value
+        if isinstance(value, list | tuple):
+            return type(value)(map(self._cast, value))
         return value
 
     def _counted(
-        self, function: Callable[..., Tensor], count: Callable[[Tensor, Sequence[Any], dict[str, Any]], int]
-    ) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            if self._cast_to is not None:
+        self,
+        function: Callable[..., Any],
+        count: Count | None,
+        dropout: tuple[int, str] | None = None,
+    ) -> Callable[..., Any]:
+        """`function` on cast arguments, its MACs added up; `dropout`: place and name of a probability to set to 0."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._cast_from:
                 args = tuple(map(self._cast, args))
                 kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+            if dropout is not None:
+                position, name = dropout
+                if len(args) > position:
+                    args = (*args[:position], 0.0, *args[position + 1 :])
+                else:
+                    kwargs[name] = 0.0
             output = function(*args, **kwargs)
-            self.macs += count(output, args, kwargs)
-            self._note_size(output)
+            if count is not None:
+                self.macs += count(output, args, kwargs)
             return output
 
         return run
 
-    def _note_size(self, output: Tensor) -> None:
-        self.largest_bytes = max(self.largest_bytes, output.numel() * output.element_size())
-
     def _dropout(self, input: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return input
 
-    def _raw(
+    def _native_dropout(self, input: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        return input, torch.ones_like(input, dtype=torch.bool)
+
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise TypeError(
+            f"{self.place}: expected batch normalisation by its module, F.batch_norm or torch.batch_norm, got a call "
+            f"of a function below them, for which no policy is defined"
+        )
+
+    def _raw_batch_norm(
         self,
         input: Tensor,
         weight: Tensor | None,
@@ -144,21 +183,44 @@ class Interceptor(TorchFunctionMode):
             output = F.batch_norm(input, mean_, variance_, weight, bias, False, 0.0, eps)
         else:
             # Running statistics are left out of the call, so that there is nothing it could update.
+            probing = self.normalisation == "probe"
             values = input.numel() // input.shape[1] if input.dim() > 1 and input.shape[1] else 0
-            if values == 1:
+            if values == 1 and not probing:
+                argument = "calibration" if self.normalisation == "capture" else "images"
                 raise ValueError(
-                    f"images: a batch normalisation in {self.place} sees a single value per channel (its input is "
+                    f"{argument}: a batch normalisation in {self.place} sees a single value per channel (its input is "
                     f"{list(input.shape)}), whose variance is no statistic; expected more images or a larger "
                     f"resolution, or bn='running'"
                 )
-            if self.normalisation == "capture":
+            if probing or self.normalisation == "capture":
                 dims = [dim for dim in range(input.dim()) if dim != 1]
-                wide = input if input.dtype == torch.float64 else input.float()
-                variance, mean = torch.var_mean(wide, dims, correction=0)
-                self.statistics.append((mean, variance))
+                variance, mean = torch.var_mean(
+                    input if input.dtype == torch.float64 else input.float(), dims, correction=0
+                )
+                if values == 1:
+                    return _normalise(input, mean, variance, weight, bias, eps)
+                if not probing:
+                    self.statistics.append((mean, variance))
             output = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-        self._note_size(output)
         return output
+
+    def _instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Statistics of each image, or the stored ones where the policy is to use them; none are updated."""
+        input, weight, bias = self._cast(input), self._cast(weight), self._cast(bias)
+        if use_input_stats or self.normalisation != "running":
+            return F.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
+        mean, variance = self._cast(running_mean), self._cast(running_var)
+        return F.instance_norm(input, mean, variance, weight, bias, False, 0.0, eps)
 
 
 def _normalise(
@@ -167,29 +229,3 @@ def _normalise(
     if weight is not None and weight.dtype != mean.dtype:  # bf16 weights: the statistics stay as they are
         weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
     return F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
-
-
-def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str) -> Tensor:
-    value = args[position] if len(args) > position else kwargs[name]
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _convolution_macs(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    return output.numel() * _argument(args, kwargs, 1, "weight").shape[1:].numel()
-
-
-def _transposed_macs(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    return _argument(args, kwargs, 0, "input").numel() * _argument(args, kwargs, 1, "weight").shape[1:].numel()
-
-
-def _linear_macs(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    return output.numel() * _argument(args, kwargs, 1, "weight").shape[-1]
-
-
-def _product_macs(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    return output.numel() * _argument(args, kwargs, 0, "input").shape[-1]
-
-
-def _no_macs(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    return 0

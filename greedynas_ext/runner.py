@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +62,28 @@ class Profile:
         )
 
 
+class _Readers:
+    """Counts who still needs each storage: an operation may write into its input where nobody else reads that.
+
+    Storages and not tensors are counted, since an output can be a view of an input, or the input itself.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, tensor: Tensor) -> None:
+        self._counts[tensor.untyped_storage().data_ptr()] += 1
+
+    def remove(self, tensor: Tensor) -> None:
+        key = tensor.untyped_storage().data_ptr()
+        self._counts[key] -= 1
+        if self._counts[key] == 0:
+            del self._counts[key]
+
+    def of(self, tensor: Tensor) -> int:
+        return self._counts[tensor.untyped_storage().data_ptr()]
+
+
 class Runner:
     """Evaluates every unique prefix once, in the order of a traversal.
 
@@ -69,12 +91,20 @@ class Runner:
     where another reader of that input is still to come, so one that writes into its input harms nobody.
     """
 
-    def __init__(self, chain: Chain, trie: Trie, interceptor: Interceptor, profile: Profile) -> None:
+    def __init__(
+        self, chain: Chain, trie: Trie, modules: Sequence[nn.Module], interceptor: Interceptor, profile: Profile
+    ) -> None:
         self._chain = chain
         self._trie = trie
         self._interceptor = interceptor
         self._profile = profile
         self._captured: dict[tuple[str, int], Statistics] = {}
+        # An operation may return a buffer that its next call writes to again.
+        self._owned = {
+            tensor.untyped_storage().data_ptr()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
         # per image, of the batch that ran last
         self.stem_macs = 0
         self.node_macs = [0] * len(trie.nodes)
@@ -94,50 +124,60 @@ class Runner:
         `safe_point` is called before each operation and may raise.
         """
         count = len(images)
-        outputs: dict[int, Tensor] = {}
-        # Nodes whose output is another node's tensor as well (an identity returns its input).
-        shared: set[int] = set()
+        readers = _Readers()
+        readers.add(images)  # the caller's
         with self._interceptor:
-            stem_input = images if _only_reads(self._chain.stem) else images.clone()
-            outputs[STEM], macs = self._call(
-                "stem", ("stem", STEM), self._chain.stem, stem_input, normalisation, "supernet.stem"
+            output, macs = self._call(
+                "stem",
+                ("stem", STEM),
+                self._chain.stem,
+                images if only_reads(self._chain.stem) else images.clone(),
+                normalisation,
+                "supernet.stem",
             )
             self.stem_macs = macs // count
+            outputs: dict[int, Tensor] = {STEM: output}
+            readers.add(output)
+            del output
             for number, frees_parent in self._trie.steps(traversal):
                 safe_point()
                 node = self._trie.nodes[number]
                 operation = self._chain.choices[node.layer][node.op]
                 source = outputs[node.parent]
-                alone = frees_parent and node.parent not in shared
+                alone = frees_parent and readers.of(source) == 1
                 output, macs = self._call(
                     f"layer {node.layer}",
                     ("node", number),
                     operation,
-                    source if alone or _only_reads(operation) else source.clone(),
+                    source if alone or only_reads(operation) else source.clone(),
                     normalisation,
                     f"supernet.choices[{node.layer}][{node.op}]",
                 )
                 self.node_macs[number] = macs // count
-                if output is source and not alone:
-                    shared.add(number)
                 if frees_parent:
                     del outputs[node.parent]
+                    readers.remove(source)
                 del source
                 if node.layer + 1 < self._trie.num_layers:
                     outputs[number] = output
+                    readers.add(output)
+                    del output
                     continue
-                head_input = output.clone() if number in shared else output
+                if readers.of(output) and not only_reads(self._chain.head):
+                    output = output.clone()
                 logits, macs = self._call(
-                    "head", ("head", number), self._chain.head, head_input, normalisation, "supernet.head"
+                    "head", ("head", number), self._chain.head, output, normalisation, "supernet.head"
                 )
+                del output
                 self.head_macs[number] = macs // count
-                del output, head_input
                 if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
                     raise ValueError(
                         f"supernet.head: expected floating logits [{count}, classes], got "
                         f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
                     )
-                on_logits(number, logits)
+                # Logits are kept for a while, so they are not left in a tensor that others write to.
+                on_logits(number, logits.clone() if readers.of(logits) else logits)
+                del logits
 
     def _call(
         self,
@@ -152,18 +192,10 @@ class Runner:
         interceptor.normalisation, interceptor.place, interceptor.macs = normalisation, place, 0
         interceptor.statistics = list(self._captured[key]) if normalisation == "constants" else []
         since = self._profile.now()
-        try:
-            with record_function(f"greedynas: {place}"):
-                output = operation(source)
-        except Exception as error:
-            error.add_note(f"while {place} ran on an input of shape {list(source.shape)}")
-            raise
-        if not isinstance(output, Tensor):
-            raise TypeError(f"{place}: expected a forward that returns a tensor, got {type(output).__name__}")
-        if output.dim() == 0 or len(output) != len(source):
-            raise ValueError(
-                f"{place}: expected an output for each of {len(source)} images, got shape {list(output.shape)}"
-            )
+        with record_function(f"greedynas: {place}"):
+            output = call(operation, source, place)
+        if output.untyped_storage().data_ptr() in self._owned:
+            output = output.clone()
         if normalisation == "capture":
             self._captured[key] = interceptor.statistics
         elif normalisation == "constants" and interceptor.statistics:
@@ -172,64 +204,45 @@ class Runner:
         return output, interceptor.macs
 
 
-def _only_reads(operation: Operation) -> bool:
+def call(operation: Operation, source: Tensor, place: str) -> Tensor:
+    """The output of `operation`; what fails names `place`.
+
+    Raises:
+        TypeError: where the output is no tensor.
+        ValueError: where it is not of as many images as the input.
+    """
+    try:
+        output = operation(source)
+    except Exception as error:
+        error.add_note(f"while {place} ran on an input of shape {list(source.shape)}")
+        raise
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{place}: expected a forward that returns a tensor, got {type(output).__name__}")
+    if output.dim() == 0 or len(output) != len(source):
+        raise ValueError(
+            f"{place}: expected an output for each of {len(source)} images, got shape {list(output.shape)}"
+        )
+    return output
+
+
+def only_reads(operation: Operation) -> bool:
     """Whether an operation surely leaves its input alone: then it needs no copy of it."""
-    if not isinstance(operation, nn.Module) or operation._forward_pre_hooks or operation._forward_hooks:
+    if not isinstance(operation, nn.Module) or "forward" in operation.__dict__:
         return False
-    if type(operation) is nn.Sequential and len(operation) > 0:
-        return _only_reads(operation[0])
+    if operation._forward_pre_hooks or operation._forward_hooks:
+        return False
+    if type(operation) is nn.Sequential:
+        # An identity hands its input on to the next module, which may write to it.
+        for inner in operation:
+            if not only_reads(inner):
+                return False
+            if not _hands_on(inner):
+                return True
+        return True
     return type(operation) in (nn.Conv2d, nn.Identity)
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one image: outputs that are alive at once by traversal, and what the largest operation works in."""
-
-    depth_first: int
-    layer_by_layer: int
-    workspace: int
-
-    def of(self, traversal: str) -> int:
-        """Peak bytes for one image."""
-        return self.workspace + (self.depth_first if traversal == "depth-first" else self.layer_by_layer)
-
-
-def estimate_memory(chain: Chain, trie: Trie, interceptor: Interceptor, images: Tensor) -> MemoryEstimate:
-    """Sizes measured by running each operation in use once, on at most two images."""
-    probe = images[:2]
-    sizes: list[int] = []
-    largest_input = 0
-    interceptor.largest_bytes = 0
-    interceptor.normalisation = "running"
-
-    def size(tensor: Tensor) -> int:
-        return tensor.numel() * tensor.element_size()
-
-    def run(operation: Operation, place: str, source: Tensor) -> Tensor:
-        interceptor.place = place
-        output = operation(source.clone())
-        interceptor.largest_bytes = max(interceptor.largest_bytes, size(output))
-        return output
-
-    used: list[set[int]] = [set() for _ in chain.choices]
-    for node in trie.nodes:
-        used[node.layer].add(node.op)
-    with interceptor:
-        source = run(chain.stem, "supernet.stem", probe)
-        sizes.append(size(source))
-        for layer, ops in enumerate(used):
-            largest_input = max(largest_input, size(source))
-            results: Sequence[Tensor] = [
-                run(chain.choices[layer][op], f"supernet.choices[{layer}][{op}]", source) for op in sorted(ops)
-            ]
-            source = results[0]
-            sizes.append(max(map(size, results)))
-        run(chain.head, "supernet.head", source)
-    # An operation holds the copy of its input and, where a batch normalisation runs, two of its largest tensors.
-    workspace = max(largest_input, size(source)) + 2 * interceptor.largest_bytes
-    images_run = len(probe)
-    return MemoryEstimate(
-        depth_first=-(-trie.peak_bytes("depth-first", sizes) // images_run),
-        layer_by_layer=-(-trie.peak_bytes("layer-by-layer", sizes) // images_run),
-        workspace=-(-workspace // images_run),
-    )
+def _hands_on(operation: nn.Module) -> bool:
+    if type(operation) is nn.Sequential:
+        return all(map(_hands_on, operation))
+    return type(operation) is nn.Identity
