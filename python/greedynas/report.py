@@ -88,8 +88,8 @@ class _Report:
             sentence = f"A round trains {config.kept_paths} uniformly drawn paths; nothing is filtered. {sentence}"
         else:
             sentence = (
-                f"A round trains {results.space.num_operations} paths, in which every operation of every layer occurs once, in one "
-                f"step; nothing is filtered. {sentence}"
+                f"A round trains {results.space.num_operations} paths, in which every operation of every layer "
+                f"occurs once, in one step; nothing is filtered. {sentence}"
             )
         text += [sentence, self._picture("Training loss", "training.png", pictures.training_picture(results))]
         if self.filters:
