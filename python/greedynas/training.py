@@ -76,6 +76,8 @@ class SupernetTrainer:
             num_choices=num_choices,
         )
         self._uniform = UniformSampler(num_choices, **budget)  # type: ignore[arg-type]
+        with named_as_options(max_cost="max_macs"):
+            self._uniform.sample(1, torch.Generator())  # a budget that leaves no path shows before anything is written
         self._greedy = GreedySampler(num_choices, self.pool, **budget)  # type: ignore[arg-type]
         self._fair = FairSampler(num_choices)
         self.schedule = ExploitSchedule(
