@@ -53,6 +53,7 @@ def load_checkpoint(
     for prefix, module in modules.items():
         load_state(module, parts[prefix], path)
     parameters = _parameters(optimizer)
+    optimizer.state.clear()
     for name, tensor in parts["optimizer"].items():
         number, _, key = name.partition("/")
         if not number.isdecimal() or int(number) >= len(parameters):
