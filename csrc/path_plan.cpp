@@ -15,19 +15,20 @@ PathPlan::PathPlan(const int64_t* paths, int64_t num_paths, int64_t num_layers) 
   }
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   if (num_paths > kMax / num_layers) {
-    throw std::invalid_argument("paths: expected fewer than 2^31 entries, got [" + std::to_string(num_paths) + ", " +
-                                std::to_string(num_layers) + "]");
+    throw std::invalid_argument("paths: expected fewer than 2^31 entries, got [" + std::to_string(num_paths) +
+                                ", " + std::to_string(num_layers) + "]");
   }
   for (int64_t i = 0; i < num_paths * num_layers; ++i) {
     if (paths[i] < 0 || paths[i] > kMax) {
-      throw std::invalid_argument("paths: expected operation indices in [0, 2^31), got " + std::to_string(paths[i]) +
-                                  " in path " + std::to_string(i / num_layers) + ", layer " +
-                                  std::to_string(i % num_layers));
+      throw std::invalid_argument("paths: expected operation indices in [0, 2^31), got " +
+                                  std::to_string(paths[i]) + " in path " + std::to_string(i / num_layers) +
+                                  ", layer " + std::to_string(i % num_layers));
     }
   }
 
-  // `order` keeps the paths sorted by their prefix: a stable sort by (node so far, next operation), layer by layer,
-  // makes equal prefixes neighbours and numbers the nodes of each layer in order of parent, then operation.
+  // `order` keeps the paths sorted by their prefix: a stable sort by (node so far, next operation), layer by
+  // layer, makes equal prefixes neighbours and numbers the nodes of each layer in order of parent, then
+  // operation.
   std::vector<int32_t> order(num_paths);
   std::iota(order.begin(), order.end(), 0);
   leaf_of_path_.assign(num_paths, kStem);
@@ -52,8 +53,8 @@ PathPlan::PathPlan(const int64_t* paths, int64_t num_paths, int64_t num_layers) 
 
 std::vector<PathStep> PathPlan::steps(Traversal traversal) const {
   const auto num_nodes = static_cast<int32_t>(nodes_.size());
-  // Node ids ascend by layer and children of a parent are neighbours, so the last child is the one with the highest
-  // id in either traversal: it is the step that frees the parent.
+  // Node ids ascend by layer and children of a parent are neighbours, so the last child is the one with the
+  // highest id in either traversal: it is the step that frees the parent.
   std::vector<int32_t> first_child(num_nodes + 1, -1), last_child(num_nodes + 1, -1);  // [parent + 1]
   for (int32_t node = 0; node < num_nodes; ++node) {
     const int32_t slot = nodes_[node].parent + 1;
@@ -73,7 +74,8 @@ std::vector<PathStep> PathPlan::steps(Traversal traversal) const {
   std::vector<int32_t> stack;
   const auto push_children = [&](int32_t parent) {
     if (first_child[parent + 1] < 0) return;
-    for (int32_t child = last_child[parent + 1]; child >= first_child[parent + 1]; --child) stack.push_back(child);
+    for (int32_t child = last_child[parent + 1]; child >= first_child[parent + 1]; --child)
+      stack.push_back(child);
   };
   push_children(kStem);
   while (!stack.empty()) {
@@ -88,7 +90,8 @@ std::vector<PathStep> PathPlan::steps(Traversal traversal) const {
 int64_t PathPlan::peak_bytes(Traversal traversal, const std::vector<int64_t>& output_bytes) const {
   if (static_cast<int64_t>(output_bytes.size()) != num_layers_ + 1) {
     throw std::invalid_argument("output_bytes: expected " + std::to_string(num_layers_ + 1) +
-                                " entries (the stem and each layer), got " + std::to_string(output_bytes.size()));
+                                " entries (the stem and each layer), got " +
+                                std::to_string(output_bytes.size()));
   }
   const auto bytes_of = [&](int32_t node) {
     return output_bytes[node == kStem ? 0 : nodes_[node].layer + 1];

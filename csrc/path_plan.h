@@ -1,8 +1,8 @@
 // From paths to the order in which a supernet computes them.
 //
-// The activations after layer l (and, with batch statistics, the statistics as well) depend on the first l + 1
-// choices of a path alone. Paths that begin alike therefore share their beginning exactly: the set of paths is a
-// prefix trie, each node of it is one operation run on one input, and each is run once.
+// The activations after layer l (and, with batch statistics, the statistics as well) depend on the first l +
+// 1 choices of a path alone. Paths that begin alike therefore share their beginning exactly: the set of paths
+// is a prefix trie, each node of it is one operation run on one input, and each is run once.
 //
 // This file knows nothing of torch and of devices.
 #pragma once
@@ -30,8 +30,10 @@ struct PathStep {
 };
 
 enum class Traversal {
-  kDepthFirst,  // a node's subtree before its next sibling: few outputs alive, at most one for each layer and branch
-  kLayerByLayer,  // all nodes of a layer before the next layer: nodes that share an input or an operation run together
+  kDepthFirst,  // a node's subtree before its next sibling: few outputs alive, at most one for each layer and
+                // branch
+  kLayerByLayer,  // all nodes of a layer before the next layer: nodes that share an input or an operation run
+                  // together
 };
 
 class PathPlan {
@@ -52,9 +54,9 @@ class PathPlan {
   // Each node exactly once, parents before children.
   std::vector<PathStep> steps(Traversal traversal) const;
 
-  // Most bytes of stem and node outputs that are alive at once, the input and output of a running step included.
-  // `output_bytes` has num_layers + 1 entries: the stem's output, then one node's output of each layer. A leaf's
-  // output is freed as soon as the step has run (the head has read it).
+  // Most bytes of stem and node outputs that are alive at once, the input and output of a running step
+  // included. `output_bytes` has num_layers + 1 entries: the stem's output, then one node's output of each
+  // layer. A leaf's output is freed as soon as the step has run (the head has read it).
   int64_t peak_bytes(Traversal traversal, const std::vector<int64_t>& output_bytes) const;
 
  private:

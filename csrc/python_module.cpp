@@ -71,7 +71,8 @@ PYBIND11_MODULE(_plan, module, py::mod_gil_not_used()) {
       .def_property_readonly(
           "leaf_of_path",
           [](const PathPlan& plan) {
-            return IndexArray(static_cast<py::ssize_t>(plan.leaf_of_path().size()), plan.leaf_of_path().data());
+            return IndexArray(static_cast<py::ssize_t>(plan.leaf_of_path().size()),
+                              plan.leaf_of_path().data());
           },
           "int32 [m]: the node at which each path ends.")
       .def("steps", &steps_array, py::arg("traversal"),

@@ -182,7 +182,6 @@ class Interceptor(TorchFunctionMode):
             mean_, variance_ = self._cast(running_mean), self._cast(running_var)
             output = F.batch_norm(input, mean_, variance_, weight, bias, False, 0.0, eps)
         else:
-            # Running statistics are left out of the call, so that there is nothing it could update.
             probing = self.normalisation == "probe"
             values = input.numel() // input.shape[1] if input.dim() > 1 and input.shape[1] else 0
             if values == 1 and not probing:
@@ -201,7 +200,12 @@ class Interceptor(TorchFunctionMode):
                     return _normalise(input, mean, variance, weight, bias, eps)
                 if not probing:
                     self.statistics.append((mean, variance))
-            output = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+            # Running statistics are left out of the call, so that there is nothing it could update; in their place
+            # stand others where they alone make torch keep the batch's statistics in float32.
+            mean_ = variance_ = None
+            if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
+                mean_, variance_ = torch.zeros_like(running_mean), torch.ones_like(running_mean)
+            output = F.batch_norm(input, mean_, variance_, weight, bias, True, 0.0, eps)
         return output
 
     def _instance_norm(

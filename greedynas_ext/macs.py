@@ -58,8 +58,6 @@ def _multi_head_attention(output: tuple[Tensor, Any], args: Sequence[Any], kwarg
 
 def _einsum(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Operands are contracted from the left, as torch does; products without a sum are not counted."""
-    if not isinstance(args[0], str):
-        return 0
     operands: Sequence[Tensor] = args[1] if isinstance(args[1], list | tuple) else args[1:]
     inputs, arrow, result = args[0].replace(" ", "").partition("->")
     terms = [_labels(term, x.dim()) for term, x in zip(inputs.split(","), operands, strict=True)]
@@ -74,8 +72,10 @@ def _einsum(output: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         kept = {label for label, count in times.items() if count == 1 or label.isdigit()}
     macs, so_far = 0, set(terms[0])
     for position, term in enumerate(terms[1:], 1):
-        both = so_far | set(term)
-        so_far = both & kept.union(*terms[position + 1 :])
+        later = kept.union(*terms[position + 1 :])
+        # What only one of the two has, and nobody after them, is summed before they are multiplied.
+        both = (so_far & (later | set(term))) | (set(term) & (later | so_far))
+        so_far = both & later
         if so_far != both:
             macs += math.prod(sizes[label] for label in both)
     return macs
