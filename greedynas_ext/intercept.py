@@ -201,10 +201,11 @@ class Interceptor(TorchFunctionMode):
                 if not probing:
                     self.statistics.append((mean, variance))
             # Running statistics are left out of the call, so that there is nothing it could update; in their place
-            # stand others where they alone make torch keep the batch's statistics in float32.
+            # stand others where they alone make torch keep the statistics of a bfloat16 batch in float32.
             mean_ = variance_ = None
-            if weight is None and running_mean is not None and running_mean.dtype != input.dtype:
-                mean_, variance_ = torch.zeros_like(running_mean), torch.ones_like(running_mean)
+            stored = self._cast(running_mean)
+            if weight is None and stored is not None and input.element_size() < stored.element_size() == 4:
+                mean_, variance_ = torch.zeros_like(stored), torch.ones_like(stored)
             output = F.batch_norm(input, mean_, variance_, weight, bias, True, 0.0, eps)
         return output
 
