@@ -40,7 +40,7 @@ class TrainConfig:
 
     sampler: Literal["greedy", "uniform", "fair"] = "greedy"
     """How paths are chosen: greedy filtering, uniformly at random, or FairNAS's strict fairness."""
-    iterations: int = 600
+    iterations: int = 450
     """Rounds at most; each is a filter and k optimizer steps (fair: one step over a path per operation)."""
     sampled_paths: int = 10
     """m: paths drawn for each filter."""
@@ -48,7 +48,7 @@ class TrainConfig:
     """k: paths kept and trained, one optimizer step each."""
     filter_images: int = 200
     """Validation images on which a filter compares losses (ImageNet: 1000)."""
-    warmup_iterations: int = 100
+    warmup_iterations: int = 75
     """Rounds of uniform sampling without a filter before the greedy ones."""
     schedule: Literal["linear", "cosine"] = "linear"
     """How the exploit probability grows after the warm-up."""
@@ -67,9 +67,9 @@ class TrainConfig:
     stop_interval: int | None = None
     """t: rounds between two looks at the pool; none: three times what it takes to draw a pool of new paths."""
 
-    batch_size: int = 64
+    batch_size: int = 32
     """Training images of an optimizer step (ImageNet: 1024)."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.3
     """Learning rate at the first optimizer step; it falls on a cosine over all planned steps (ImageNet: 0.12)."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last planned optimizer step."""
@@ -111,8 +111,8 @@ class SearchConfig:
     """Minimise multiply-accumulates as a second objective, which gives a Pareto front."""
     bn: Literal["recalibrated", "batch", "running"] = "recalibrated"
     """Statistics of batch normalisation: from calibration images, from the batch, or the running ones."""
-    calibration_images: int = 1000
-    """Training images that recalibrate batch normalisation, at most all of them."""
+    calibration_images: int = 200
+    """Training images that recalibrate batch normalisation, at most all of them (ImageNet: 1000)."""
     validation_images: int | None = None
     """Validation images on which paths are compared; none: all."""
     batch_size: int = 1000
@@ -137,7 +137,7 @@ class RetrainConfig:
     """Another path instead, as names of operations: "e3k5 id e6k3 ..."."""
     name: str | None = None
     """Name of the retraining, a folder below retrain/; none: that of the search."""
-    epochs: int = 60
+    epochs: int = 30
     """Passes over the training and validation images (GreedyNAS on ImageNet: 450)."""
     batch_size: int = 64
     """Training images of an optimizer step."""
@@ -177,8 +177,8 @@ class EvaluateConfig:
     """How many paths of the pool to evaluate where no file is given."""
     bn: Literal["recalibrated", "batch", "running"] = "recalibrated"
     """Statistics of batch normalisation."""
-    calibration_images: int = 1000
-    """Training images that recalibrate batch normalisation, at most all of them."""
+    calibration_images: int = 200
+    """Training images that recalibrate batch normalisation, at most all of them (ImageNet: 1000)."""
     batch_size: int = 1000
     """Validation images evaluated at once."""
     threads: int | None = None

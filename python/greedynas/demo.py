@@ -29,9 +29,9 @@ class DemoConfig:
 
     run: Path = Path("runs/demo")
     """Folder of the demo."""
-    iterations: int = 600
+    iterations: int = 450
     """Rounds of the greedy supernet at most."""
-    warmup_iterations: int = 100
+    warmup_iterations: int = 75
     """Rounds of uniform sampling before the greedy ones."""
     pool_size: int = 200
     """Paths that the candidate pool holds at most."""
@@ -39,9 +39,9 @@ class DemoConfig:
     """Budget in millions of multiply-accumulates for an image."""
     population: int = 50
     """Paths of a generation."""
-    generations: int = 20
+    generations: int = 12
     """Generations of NSGA-II; random search evaluates as many paths."""
-    epochs: int = 40
+    epochs: int = 25
     """Passes over the training images when a network is trained from scratch."""
     retrainings: int = 3
     """Networks trained from scratch of each winner, with different seeds."""
