@@ -30,6 +30,7 @@ from greedynas.storage import MetricsLog, write_json
 from greedynas_ext import evaluate_paths
 
 _WORST = 1e6  # stands for the loss of a path whose loss is not finite: NSGA-II needs an order
+_RECORD = {"path", "loss", "accuracy", "macs", "generation"}
 Path = tuple[int, ...]
 
 
@@ -54,29 +55,28 @@ class PathScores:
     def __init__(self, run: TrainedRun, config: SearchConfig, log: MetricsLog) -> None:
         self._run, self._config, self._log = run, config, log
         data = run.task.data
-        self._calibration = None
+        self._calibration, self.calibration_images = None, 0
         if config.bn == "recalibrated":
-            self._calibration = data.train.calibration(
-                min(config.calibration_images, len(data.train)), seed=config.seed
-            )
+            self.calibration_images = min(config.calibration_images, len(data.train))
+            self._calibration = data.train.calibration(self.calibration_images, seed=config.seed)
         self.images = len(data.validation) if config.validation_images is None else config.validation_images
-        if self.images > len(data.validation):
-            raise ValueError(
-                f"validation_images: expected 1 to {len(data.validation)} (all of them), got {self.images}"
-            )
         # A random part, since images in folders come class by class.
         generator = torch.Generator().manual_seed(derive_seed("search", config.seed))
         self._indices = torch.randperm(len(data.validation), generator=generator)[: self.images]
         self._known: dict[Path, dict[str, Any]] = {}
         for record in log.read():
+            if set(record) != _RECORD:
+                raise ValueError(f"{log.path}: expected records of {', '.join(sorted(_RECORD))}, got {sorted(record)}")
             self._known[tuple(record["path"])] = record
         self.seen: set[Path] = set()
         self.order: list[Path] = []  # evaluated paths of this search, in order
 
     def score(self, paths: Sequence[Path], generation: int) -> list[dict[str, Any]]:
         """Records of `paths`: path, loss (nats), accuracy, macs (millions), generation."""
-        fresh = [path for path in dict.fromkeys(paths) if path not in self._known]
-        if fresh:
+        if not all(path in self._known for path in paths):
+            # What a kill left of this generation goes: rounding may depend on which paths are evaluated together.
+            self._log.truncate_after(lambda record: bool(record["generation"] < generation))
+            fresh = [path for path in dict.fromkeys(paths) if self._generation(path) in (None, generation)]
             evaluation = evaluate_paths(
                 self._run.supernet,
                 torch.tensor(fresh),
@@ -98,6 +98,10 @@ class PathScores:
                 self.order.append(path)
         return [self._known[path] for path in paths]
 
+    def _generation(self, path: Path) -> int | None:
+        """In which generation a path was evaluated; None if it was not."""
+        return self._known[path]["generation"] if path in self._known else None
+
     def records(self) -> list[dict[str, Any]]:
         """Records of all paths that this search evaluated, in order."""
         return [self._known[path] for path in self.order]
@@ -118,16 +122,28 @@ def search(config: SearchConfig, *, resume: bool = False) -> RunFolder:
     use_threads(config.threads)
     run = load_run(config.run)
     budget = config.max_macs if config.max_macs is not None else run.config.max_macs
+    if config.validation_images is not None and config.validation_images > len(run.task.data.validation):
+        raise ValueError(
+            f"validation_images: expected 1 to {len(run.task.data.validation)} (all of them), "
+            f"got {config.validation_images}"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    with named_as_options(max_cost="max_macs"):
+        if config.method == "nsga2":
+            population, from_pool = first_population(run, config.population, budget, generator)
+        else:
+            _sampler(run, budget).sample(1, torch.Generator())  # a budget that leaves no path shows here
     folder = run.folder.search(config.name or config.method)
     folder.open(config, resume)
     if folder.finished:
         return folder
     scores = PathScores(run, config, MetricsLog(folder.metrics))
-    with Reporter(f"search ({config.method})", config.generations) as reporter, named_as_options(max_cost="max_macs"):
+    with Reporter(f"search ({config.method})", config.generations) as reporter:
         if config.method == "nsga2":
-            history = _nsga2(run, config, budget, scores, reporter)
+            history = _nsga2(run, config, budget, population, scores, reporter)
+            history[0]["from_pool"] = from_pool
         else:
-            history = _random(run, config, budget, scores, reporter)
+            history = _random(run, config, budget, generator, scores, reporter)
     within = [r for r in scores.records() if (budget is None or r["macs"] <= budget) and np.isfinite(r["loss"])]
     if not within:
         raise ValueError(
@@ -142,6 +158,7 @@ def search(config: SearchConfig, *, resume: bool = False) -> RunFolder:
         "history": history,
         "paths_evaluated": len(scores.records()),
         "images_evaluated": len(scores.records()) * scores.images,
+        "images_calibrated": len(scores.records()) * scores.calibration_images,
         "first_population_from_pool": history[0].get("from_pool", 0),
     }
     write_json(folder.summary, summary)
@@ -193,11 +210,14 @@ def _sampler(run: TrainedRun, budget: float | None) -> UniformSampler:
 
 
 def _nsga2(
-    run: TrainedRun, config: SearchConfig, budget: float | None, scores: PathScores, reporter: Reporter
+    run: TrainedRun,
+    config: SearchConfig,
+    budget: float | None,
+    population: Tensor,
+    scores: PathScores,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     space = run.task.space
-    generator = torch.Generator().manual_seed(config.seed)
-    population, from_pool = first_population(run, config.population, budget, generator)
     problem = Problem(
         n_var=space.num_layers,
         n_obj=2 if config.cost_objective else 1,
@@ -224,7 +244,7 @@ def _nsga2(
         records = scores.score(paths, len(history))
         Evaluator().eval(StaticProblem(problem, **_figures_of(records, config.cost_objective, budget)), asked)
         algorithm.tell(infills=asked)
-        history.append(_generation(len(history), scores, budget, from_pool if not history else None))
+        history.append(_generation(len(history), scores, budget))
         _report(reporter, history[-1])
     return history
 
@@ -241,9 +261,13 @@ def _figures_of(
 
 
 def _random(
-    run: TrainedRun, config: SearchConfig, budget: float | None, scores: PathScores, reporter: Reporter
+    run: TrainedRun,
+    config: SearchConfig,
+    budget: float | None,
+    generator: torch.Generator,
+    scores: PathScores,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(config.seed)
     sampler = _sampler(run, budget)
     history: list[dict[str, Any]] = []
     for number in range(config.generations):
@@ -252,15 +276,14 @@ def _random(
         if not paths and history:
             break  # the space is exhausted
         scores.score(paths, number)
-        history.append(_generation(number, scores, budget, None))
+        history.append(_generation(number, scores, budget))
         _report(reporter, history[-1])
     return history
 
 
-def _generation(number: int, scores: PathScores, budget: float | None, from_pool: int | None) -> dict[str, Any]:
+def _generation(number: int, scores: PathScores, budget: float | None) -> dict[str, Any]:
     losses = [r["loss"] for r in scores.records() if (budget is None or r["macs"] <= budget) and np.isfinite(r["loss"])]
-    entry = {"generation": number, "best_loss": min(losses, default=None), "paths": len(scores.order)}
-    return entry if from_pool is None else {**entry, "from_pool": from_pool}
+    return {"generation": number, "best_loss": min(losses, default=None), "paths": len(scores.order)}
 
 
 def _report(reporter: Reporter, entry: dict[str, Any]) -> None:

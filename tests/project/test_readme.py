@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -30,10 +30,10 @@ def test_the_figures_beside_the_examples(capsys):
 
 def test_pictures_are_there():
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (Path(__file__).parents[1] / picture).is_file(), picture
+        assert (Path(__file__).parents[2] / picture).is_file(), picture
 
 
 def test_named_files_are_there():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for name in re.findall(r"`((?:greedynas_ext|python|csrc|tests|bench)/[\w./]*)`", README):
         assert (root / name).exists(), name

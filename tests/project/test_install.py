@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 USE = """
 import torch, greedynas, greedynas_ext
 from greedynas_ext import evaluate_paths
