@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -90,8 +90,8 @@ def evaluate_paths(
         precision: None follows the supernet's dtype and an active autocast; "fp32" does the arithmetic on weights in
             float32 with autocast off; "bf16" runs under bfloat16 autocast.
         max_memory: bytes for activations. Layer by layer is used where it fits, depth-first elsewhere; where that
-            does not fit either, images are split where the statistics allow it (not with bn="batch"), or ValueError
-            is raised. None: depth-first.
+            does not fit either, images are split where the statistics allow it (not where those of the batch are
+            used), or ValueError is raised. None: depth-first.
         micro_batch: evaluate at most this many images at once; with bn="batch" statistics are then those of each
             part, which `statistics` says.
         per_image: also return the loss of each image.
@@ -228,14 +228,15 @@ class _Evaluation:
         return PathEvaluation(losses, accuracy, top_k, image_losses, plan, self._statistics(micro_batch), profile)
 
     def _statistics(self, micro_batch: int | None) -> str:
-        if self._bn == "running":
-            return "running statistics"
         if self._bn == "recalibrated":
             return "constants from the calibration images"
+        if self._bn == "running" and not self._interceptor.needs_batch:
+            return "running statistics"
         sizes = sorted(set(self._image_counts))
         span = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         why = "" if micro_batch is None else f" (micro_batch={micro_batch})"
-        return f"batch statistics of {span} images at a time{why}"
+        text = f"batch statistics of {span} images at a time{why}"
+        return text if self._bn == "batch" else f"running statistics; where none are stored, {text}"
 
     def _score(self, targets: Tensor, leaves: Sequence[int], logits: Tensor) -> None:
         since = self._profile.now()
@@ -257,37 +258,44 @@ class _Evaluation:
         budget, count = self._max_memory, len(images)
         if budget is None:
             return "depth-first", 1, _LOGITS_BYTES
-        casting = self._cast(images[:1]).nbytes if self._evaluated_dtype(images) != images.dtype else 0
-        estimate = self._estimate_memory(images, safe_point, casting)
+
+        def may_split() -> bool:
+            # Known once operations have run: with "running" one may have no statistics stored.
+            by_images = self._bn == "recalibrated" or (self._bn == "running" and not self._interceptor.needs_batch)
+            return argument == "images" and by_images
+
+        key = (images.shape[1:], images.dtype, count > 1)
+        if key not in self._estimates:
+            self._estimates[key] = estimate_memory(
+                self._chain,
+                self._trie,
+                self._interceptor,
+                images,
+                self._cast,
+                lambda of_one: may_split() and of_one.needed("depth-first", 2) > budget,
+                safe_point,
+            )
+        estimate = self._estimates[key]
         for traversal in ("layer-by-layer", "depth-first"):
             needed = estimate.needed(traversal, count)
             if needed <= budget:
                 return traversal, 1, min(_LOGITS_BYTES, budget - needed)
-        may_split = argument == "images" and self._bn != "batch"
         fitting = estimate.images_within("depth-first", budget)
-        if may_split and fitting > 0:
+        if may_split() and fitting > 0:
             return "depth-first", math.ceil(count / fitting), 0
-        smallest = estimate.needed("depth-first", 1 if may_split else count)
-        advice = "" if may_split else f"; fewer {argument} need less"
-        if argument == "images" and not may_split:
-            advice += ", and so does micro_batch=, which changes the statistics"
+        smallest = estimate.needed("depth-first", 1 if may_split() else count)
+        advice = ""
+        if argument == "calibration":
+            advice = "; fewer calibration images need less"
+        elif not may_split():
+            advice = "; fewer images, or micro_batch=, which changes the statistics, need less"
         raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
 
-    def _estimate_memory(self, images: Tensor, safe_point: Callable[[], None], casting: int) -> MemoryEstimate:
-        key = (images.shape[1:], images.dtype, len(images) > 1)
-        if key not in self._estimates:
-            estimate = estimate_memory(self._chain, self._trie, self._interceptor, self._cast(images[:2]), safe_point)
-            self._estimates[key] = replace(estimate, scoring=estimate.scoring + casting)
-        return self._estimates[key]
-
-    def _evaluated_dtype(self, images: Tensor) -> torch.dtype:
+    def _cast(self, images: Tensor) -> Tensor:
         dtype = self._dtype or images.dtype
         if self._precision == "fp32" or (self._precision == "bf16" and dtype != torch.bfloat16):
-            return torch.float32
-        return dtype
-
-    def _cast(self, images: Tensor) -> Tensor:
-        return images.to(self._evaluated_dtype(images))
+            dtype = torch.float32
+        return images.to(dtype)
 
     @contextlib.contextmanager
     def _running(self, images: Tensor) -> Iterator[tuple[Runner, Callable[[], None]]]:

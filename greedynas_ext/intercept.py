@@ -66,6 +66,7 @@ class Interceptor(TorchFunctionMode):
         statistics: filled by "capture" and consumed, from the front, by "constants".
         macs: multiply-accumulates of convolutions, linear layers, matrix products and attention since it was last
             set to 0, summed over the images of the batch.
+        needs_batch: set to True by a batch normalisation that stored statistics do not serve.
         place: what is being run, for error messages.
     """
 
@@ -75,6 +76,7 @@ class Interceptor(TorchFunctionMode):
         self.normalisation: Normalisation = "batch"
         self.statistics: Statistics = []
         self.macs = 0
+        self.needs_batch = False
         self.place = "the supernet"
         self._cast_to = cast_to
         self._cast_from = cast_from
@@ -173,6 +175,7 @@ class Interceptor(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         input, weight, bias = self._cast(input), self._cast(weight), self._cast(bias)
+        self.needs_batch |= training  # in evaluation mode only where none are stored, or a function says so
         if self.normalisation == "constants":
             if not self.statistics:
                 raise RuntimeError(f"{self.place} normalised more often than it did on the calibration images")

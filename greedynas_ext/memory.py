@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class MemoryEstimate:
     Attributes:
         alive: per traversal, bytes of one image in outputs of stem and operations.
         work: what an operation allocates beside its output, a copy of its input included; the largest.
-        scoring: bytes for one image while one path's loss is computed.
+        scoring: bytes for one image while one path's loss is computed, and for the image itself where it is cast.
     """
 
     alive: dict[str, int]
@@ -60,80 +60,110 @@ def estimate_memory(
     trie: Trie,
     interceptor: Interceptor,
     images: Tensor,
+    cast: Callable[[Tensor], Tensor],
+    fits_one: Callable[[MemoryEstimate], bool],
     safe_point: Callable[[], None],
 ) -> MemoryEstimate:
-    """Measures each operation in use on the first two of `images`, in the dtype in which they are evaluated.
+    """Measures each operation in use on one of `images`, and on two, unless there shall be one at a time.
 
-    Outputs of a layer are taken to be as large as the largest, and the first operation's feeds the next layer. What
-    a kernel allocates inside itself is not seen.
+    `cast` is what images undergo before they are evaluated; `fits_one` looks at the estimate after one image. Outputs
+    of a layer are taken to be as large as the largest, and the first operation's feeds the next layer. What a kernel
+    allocates inside itself is not seen.
     """
+    interceptor.normalisation = "probe"
+
+    def record(count: int) -> list[_Recording]:
+        with interceptor:
+            return _record(chain, trie, interceptor, cast(images[:count]), safe_point)
+
+    def estimate(recordings: Sequence[list[_Recording]]) -> MemoryEstimate:
+        demands = [_demand(calls) for calls in zip(*recordings, strict=True)]
+        work = Demand(max(demand.fixed for demand in demands), max(demand.per_image for demand in demands))
+        sizes = [0] * (trie.num_layers + 1)
+        for recording in recordings[-1][:-1]:
+            per_image = -(-recording.output_bytes // len(recordings))
+            sizes[recording.stage] = max(sizes[recording.stage], per_image)
+        logits = -(-recordings[-1][-1].output_bytes // len(recordings))
+        alive = {traversal: trie.peak_bytes(traversal, sizes) for traversal in ("depth-first", "layer-by-layer")}
+        evaluated = cast(images[:1])
+        casting = 0 if evaluated.dtype == images.dtype else evaluated.nbytes
+        # Logits are gathered and stacked.
+        return MemoryEstimate(alive, work, 2 * logits + _LOSS_BYTES + casting)
+
+    recordings = [record(1)]
+    of_one = estimate(recordings)
+    if len(images) == 1 or fits_one(of_one):
+        return of_one
+    return estimate([*recordings, record(2)])
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """What one call of an operation allocated; `output` is the number of its output's storage, or -1."""
+
+    stage: int  # 0: the stem; then the layers
+    sizes: list[int]
+    events: list[int]
+    output: int
+    output_bytes: int
+
+    def peak(self, sizes: Sequence[int]) -> int:
+        """Most bytes alive at once beside the output if the storages had `sizes`."""
+        alive, most = 0, 0
+        for event in self.events:
+            number = event if event >= 0 else ~event
+            if number != self.output:
+                alive += sizes[number] if event >= 0 else -sizes[number]
+                most = max(most, alive)
+        return most
+
+
+def _demand(calls: Sequence[_Recording]) -> Demand:
+    """From the same call on one image and, where that was measured, on two."""
+    one, last = calls[0], calls[-1]
+    if len(calls) == 1 or one.events != last.events or one.output != last.output:
+        return Demand(0, max(-(-one.peak(one.sizes) // count) for count, one in enumerate(calls, 1)))
+    slopes = [max(0, large - small) for small, large in zip(one.sizes, last.sizes, strict=True)]
+    constants = [max(0, small - slope) for small, slope in zip(one.sizes, slopes, strict=True)]
+    return Demand(last.peak(constants), last.peak(slopes))
+
+
+def _record(
+    chain: Chain, trie: Trie, interceptor: Interceptor, images: Tensor, safe_point: Callable[[], None]
+) -> list[_Recording]:
+    """A recording of stem, operations in use, and head, in this order."""
+    recordings: list[_Recording] = []
+
+    def record(stage: int, operation: Operation, place: str, source: Tensor) -> Tensor:
+        safe_point()
+        interceptor.place = place
+        recorder = _Recorder()
+        with recorder:
+            output = call(operation, source if only_reads(operation) else source.clone(), place)
+        recordings.append(recorder.close(stage, output))
+        return output
+
     used: list[set[int]] = [set() for _ in chain.choices]
     for node in trie.nodes:
         used[node.layer].add(node.op)
-    sizes: list[int] = []
-    fixed, per_image = 0, 0
-
-    def measure(operation: Operation, place: str, sources: list[Tensor]) -> tuple[list[Tensor], int]:
-        nonlocal fixed, per_image
-        safe_point()
-        interceptor.place = place
-        outputs, demand, size = _measure(operation, place, sources, copied=not only_reads(operation))
-        fixed, per_image = max(fixed, demand.fixed), max(per_image, demand.per_image)
-        return outputs, size
-
-    interceptor.normalisation = "probe"
-    with interceptor:
-        sources, size = measure(chain.stem, "supernet.stem", [images[:count] for count in (1, 2)[: len(images)]])
-        sizes.append(size)
-        for layer, ops in enumerate(used):
-            following: list[Tensor] = []
-            sizes.append(0)
-            for op in sorted(ops):
-                outputs, size = measure(chain.choices[layer][op], f"supernet.choices[{layer}][{op}]", sources)
-                following = following or outputs
-                sizes[-1] = max(sizes[-1], size)
-                del outputs
-            sources = following
-        _, logits_size = measure(chain.head, "supernet.head", sources)
-    alive = {traversal: trie.peak_bytes(traversal, sizes) for traversal in ("depth-first", "layer-by-layer")}
-    # Logits are gathered and stacked.
-    return MemoryEstimate(alive, Demand(fixed, per_image), 2 * logits_size + _LOSS_BYTES)
-
-
-def _measure(operation: Operation, place: str, sources: list[Tensor], copied: bool) -> tuple[list[Tensor], Demand, int]:
-    """(outputs, what is allocated beside them, bytes of an output for one image) from inputs of 1 and 2 images."""
-    outputs: list[Tensor] = []
-    recorders: list[_Recorder] = []
-    own: set[int] = set()
-    for source in sources:
-        recorder = _Recorder()
-        recorders.append(recorder)
-        with recorder:
-            outputs.append(call(operation, source.clone() if copied else source, place))
-        own.add(recorder.number_of(outputs[-1]))
-        recorder.close()
-    small, large = recorders[0], recorders[-1]
-    size = -(-outputs[-1].untyped_storage().nbytes() // len(sources))
-    if len(sources) == 1 or small.events != large.events or len(own) > 1:
-        peaks = [recorder.peak(recorder.sizes, own) for recorder in recorders]
-        return outputs, Demand(0, max(-(-peak // count) for count, peak in enumerate(peaks, 1))), size
-    slopes = [max(0, two - one) for one, two in zip(small.sizes, large.sizes, strict=True)]
-    constants = [max(0, one - slope) for one, slope in zip(small.sizes, slopes, strict=True)]
-    return outputs, Demand(large.peak(constants, own), large.peak(slopes, own)), size
+    features = record(0, chain.stem, "supernet.stem", images)
+    for layer, ops in enumerate(used):
+        first, *others = sorted(ops)
+        for op in others:
+            record(layer + 1, chain.choices[layer][op], f"supernet.choices[{layer}][{op}]", features)
+        # Last, so that no more is alive here than in an evaluation.
+        features = record(layer + 1, chain.choices[layer][first], f"supernet.choices[{layer}][{first}]", features)
+    record(len(used) + 1, chain.head, "supernet.head", features)
+    return recordings
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the storages that operations allocate, and when each comes and goes.
-
-    Attributes:
-        sizes: bytes of each storage, in order of allocation.
-        events: `i` where storage i is allocated, `~i` where it is freed.
-    """
+    """Writes down the storages that operations allocate, and when each comes and goes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: list[int] = []
-        self.events: list[int] = []
+        self._sizes: list[int] = []
+        self._events: list[int] = []  # i: storage i is allocated; ~i: it is freed
         self._numbers: dict[int, int] = {}
         self._earlier: list[Any] = []  # storages that were there before; kept, so that no other takes their address
         self._finalizers: list[Any] = []
@@ -148,32 +178,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self._numbers:
-                number = len(self.sizes)
+                number = len(self._sizes)
                 self._numbers[storage._cdata] = number
-                self.sizes.append(storage.nbytes())
-                self.events.append(number)
+                self._sizes.append(storage.nbytes())
+                self._events.append(number)
                 self._finalizers.append(weakref.finalize(storage, self._freed, storage._cdata))
         return output
 
     def _freed(self, key: int) -> None:
-        self.events.append(~self._numbers.pop(key))
+        self._events.append(~self._numbers.pop(key))
 
-    def number_of(self, tensor: Tensor) -> int:
-        """Which storage `tensor` has; -1 for one that was there before."""
-        return self._numbers.get(tensor.untyped_storage()._cdata, -1)
-
-    def close(self) -> None:
+    def close(self, stage: int, output: Tensor) -> _Recording:
         """Stops watching what is still there."""
         for finalizer in self._finalizers:
             finalizer.detach()
-        self._earlier.clear()
-
-    def peak(self, sizes: list[int], left_out: set[int]) -> int:
-        """Most bytes alive at once if the storages had `sizes`, some of them left out."""
-        alive, most = 0, 0
-        for event in self.events:
-            number = event if event >= 0 else ~event
-            if number not in left_out:
-                alive += sizes[number] if event >= 0 else -sizes[number]
-                most = max(most, alive)
-        return most
+        storage = output.untyped_storage()
+        number = self._numbers.get(storage._cdata, -1)
+        return _Recording(stage, self._sizes, self._events, number, storage.nbytes())

@@ -37,7 +37,8 @@ class EvaluationPlan:
         traversal: "depth-first" or "layer-by-layer".
         macs_computed: convolutions, linear layers and matrix products that were run, stem and heads included.
         macs_saved: what running each path on its own would have added.
-        batch_split: images of a batch were evaluated in this many parts for `max_memory` (never with bn="batch").
+        batch_split: images of a batch were evaluated in this many parts for `max_memory` (never where statistics
+            of the batch are used).
     """
 
     num_paths: int
