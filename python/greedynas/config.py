@@ -40,13 +40,13 @@ class TrainConfig:
 
     sampler: Literal["greedy", "uniform", "fair"] = "greedy"
     """How paths are chosen: greedy filtering, uniformly at random, or FairNAS's strict fairness."""
-    iterations: int = 450
+    iterations: int = 400
     """Rounds at most; each is a filter and k optimizer steps (fair: one step over a path per operation)."""
     sampled_paths: int = 10
     """m: paths drawn for each filter."""
     kept_paths: int = 5
     """k: paths kept and trained, one optimizer step each."""
-    filter_images: int = 200
+    filter_images: int = 100
     """Validation images on which a filter compares losses (ImageNet: 1000)."""
     warmup_iterations: int = 75
     """Rounds of uniform sampling without a filter before the greedy ones."""
@@ -67,9 +67,9 @@ class TrainConfig:
     stop_interval: int | None = None
     """t: rounds between two looks at the pool; none: three times what it takes to draw a pool of new paths."""
 
-    batch_size: int = 32
+    batch_size: int = 64
     """Training images of an optimizer step (ImageNet: 1024)."""
-    learning_rate: float = 0.3
+    learning_rate: float = 0.4
     """Learning rate at the first optimizer step; it falls on a cosine over all planned steps (ImageNet: 0.12)."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last planned optimizer step."""

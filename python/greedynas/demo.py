@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from rich.console import Console
 from greedynas._checks import check_count
 from greedynas.comparison import Arm, write_comparison
 from greedynas.config import RetrainConfig, SearchConfig, TrainConfig
+from greedynas.progress import Reporter, silence
 from greedynas.report import write_report
 from greedynas.retraining import retrain
 from greedynas.runs import RunFolder
@@ -29,7 +33,7 @@ class DemoConfig:
 
     run: Path = Path("runs/demo")
     """Folder of the demo."""
-    iterations: int = 450
+    iterations: int = 400
     """Rounds of the greedy supernet at most."""
     warmup_iterations: int = 75
     """Rounds of uniform sampling before the greedy ones."""
@@ -47,6 +51,8 @@ class DemoConfig:
     """Networks trained from scratch of each winner, with different seeds."""
     seed: int = 0
     """Seed of everything random."""
+    threads: int = 1
+    """CPU threads of a stage: networks this small gain nothing from more. Searches and retrainings run side by side."""
 
 
 def demo(config: DemoConfig) -> Path:
@@ -56,6 +62,7 @@ def demo(config: DemoConfig) -> Path:
         ValueError: an option cannot be, or differs from that with which the demo was begun.
     """
     check_count("retrainings", config.retrainings, 1)
+    check_count("threads", config.threads, 1)
     if check_count("iterations", config.iterations, 1) <= config.warmup_iterations:
         raise ValueError(
             f"warmup_iterations: expected less than iterations={config.iterations}, so that some rounds are greedy, "
@@ -66,29 +73,45 @@ def demo(config: DemoConfig) -> Path:
     def say(text: str) -> None:
         console.print(f"[bold]{text}[/bold]", highlight=False)
 
-    say("1/4 greedy: a supernet trained on promising paths, NSGA-II from its candidate pool")
+    say("1/4 greedy: a supernet trained on promising paths")
     greedy = train(_training(config, "greedy"), resume=True)
-    searches = {"method": "nsga2", "population": config.population, "generations": config.generations}
-    search(SearchConfig(greedy.root, seed=config.seed, **searches), resume=True)  # type: ignore[arg-type]
-
-    say("2/4 random search in the same supernet, as many paths")
-    searches["method"] = "random"
-    search(SearchConfig(greedy.root, seed=config.seed, **searches), resume=True)  # type: ignore[arg-type]
-
-    say("3/4 uniform: a supernet trained on uniformly drawn paths at the same corrected cost")
+    say("2/4 uniform: a supernet trained on uniformly drawn paths, at the same corrected cost")
     uniform = train(_training(config, "uniform", _equal_rounds(greedy)), resume=True)
-    searches["method"] = "nsga2"
-    search(SearchConfig(uniform.root, seed=config.seed, **searches), resume=True)  # type: ignore[arg-type]
+
+    say("3/4 searches: NSGA-II in both, and random search in the greedy one, over as many paths")
+    arms = {
+        "greedy supernet, NSGA-II from the pool": (greedy, "nsga2"),
+        "greedy supernet, random search": (greedy, "random"),
+        "uniform supernet, NSGA-II": (uniform, "nsga2"),
+    }
+    _in_parallel("search", search, [_search(config, *arm) for arm in arms.values()], config.threads)
 
     say("4/4 the three winners, trained from scratch and tested")
-    arms = [
-        Arm("greedy supernet, NSGA-II from the pool", greedy, "nsga2", _retrain(config, greedy, "nsga2")),
-        Arm("greedy supernet, random search", greedy, "random", _retrain(config, greedy, "random")),
-        Arm("uniform supernet, NSGA-II", uniform, "nsga2", _retrain(config, uniform, "nsga2")),
-    ]
+    retrainings = [_retraining(config, *arm, number) for arm in arms.values() for number in range(config.retrainings)]
+    _in_parallel("retrain", retrain, retrainings, config.threads)
+
     for folder in (greedy, uniform):
         write_report(folder.root)
-    return write_comparison(config.run, arms)
+    return write_comparison(
+        config.run,
+        [
+            Arm(label, run, name, [run.retraining(f"{name}-{number}") for number in range(config.retrainings)])
+            for label, (run, name) in arms.items()
+        ],
+    )
+
+
+def _in_parallel(label: str, stage: Callable[..., RunFolder], configs: Sequence[Any], threads: int) -> None:
+    """Runs a stage for each config, in as many processes as there are CPUs for them, which changes no result."""
+    processes = min(len(configs), max(1, len(os.sched_getaffinity(0)) // threads))
+    context = multiprocessing.get_context("spawn")
+    with (
+        Reporter(label, len(configs)) as reporter,
+        ProcessPoolExecutor(processes, context, initializer=silence) as executor,
+    ):
+        for future in as_completed([executor.submit(stage, config, resume=True) for config in configs]):
+            future.result()
+            reporter.advance({})
 
 
 def _training(config: DemoConfig, sampler: str, iterations: int | None = None) -> TrainConfig:
@@ -100,6 +123,7 @@ def _training(config: DemoConfig, sampler: str, iterations: int | None = None) -
         pool_size=config.pool_size,
         max_macs=config.max_macs,
         seed=config.seed,
+        threads=config.threads,
     )
 
 
@@ -111,13 +135,23 @@ def _equal_rounds(greedy: RunFolder) -> int:
     return max(1, round(corrected / images_per_round))
 
 
-def _retrain(config: DemoConfig, run: RunFolder, searched: str) -> Sequence[RunFolder]:
-    return [
-        retrain(
-            RetrainConfig(
-                run.root, search=searched, name=f"{searched}-{number}", epochs=config.epochs, seed=config.seed + number
-            ),
-            resume=True,
-        )
-        for number in range(config.retrainings)
-    ]
+def _search(config: DemoConfig, run: RunFolder, method: str) -> SearchConfig:
+    return SearchConfig(
+        run=run.root,
+        method=method,  # type: ignore[arg-type]
+        population=config.population,
+        generations=config.generations,
+        seed=config.seed,
+        threads=config.threads,
+    )
+
+
+def _retraining(config: DemoConfig, run: RunFolder, searched: str, number: int) -> RetrainConfig:
+    return RetrainConfig(
+        run=run.root,
+        search=searched,
+        name=f"{searched}-{number}",
+        epochs=config.epochs,
+        seed=config.seed + number,
+        threads=config.threads,
+    )

@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+_silent = False
+
+
+def silence() -> None:
+    """Shows no progress in this process from now on: another one reports for it."""
+    global _silent
+    _silent = True
 
 
 class Reporter:
@@ -16,12 +23,12 @@ class Reporter:
 
     def __init__(self, label: str, total: int, *, done: int = 0, console: Console | None = None) -> None:
         self._label, self._total, self._done = label, total, done
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=_silent)
         self._bar: Progress | None = None
         self._last_line = -_SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Reporter:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
