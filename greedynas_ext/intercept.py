@@ -7,6 +7,7 @@ sliced or a functional batch normalisation is caught as well as `nn.BatchNorm2d`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -58,6 +59,15 @@ _LOW_LEVEL_BATCH_NORMS: tuple[Any, ...] = (
 )
 
 
+class _Innermost(threading.local):
+    """The interceptor that was entered last in this thread: those below it keep still."""
+
+    interceptor: Interceptor | None = None
+
+
+_innermost = _Innermost()
+
+
 class Interceptor(TorchFunctionMode):
     """Carries out a batch normalisation policy and counts operations while supernet modules run.
 
@@ -78,6 +88,7 @@ class Interceptor(TorchFunctionMode):
         self.macs = 0
         self.needs_batch = False
         self.place = "the supernet"
+        self._outer: Interceptor | None = None
         self._cast_to = cast_to
         self._cast_from = cast_from
         self._handlers: dict[Any, Callable[..., Any]] = {
@@ -94,11 +105,20 @@ class Interceptor(TorchFunctionMode):
         for function, position in _ATTENTIONS.items():
             self._handlers[function] = self._counted(function, COUNTS[function], dropout=(position, "dropout_p"))
 
+    def __enter__(self) -> Interceptor:
+        self._outer, _innermost.interceptor = _innermost.interceptor, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _innermost.interceptor = self._outer
+
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = self._handlers.get(func)
-        if handler is None:
+        if handler is None or _innermost.interceptor is not self:
             return func(*args, **(kwargs or {}))
         return handler(*args, **(kwargs or {}))
 
