@@ -46,31 +46,32 @@ class Chain:
     @classmethod
     def of(cls, supernet: Any) -> Chain:
         """Raises TypeError, or ValueError for an empty layer, where the contract is not kept."""
-        missing = [name for name in ("stem", "choices", "head") if not hasattr(supernet, name)]
+        found = {name: getattr(supernet, name) for name in ("stem", "choices", "head") if hasattr(supernet, name)}
+        missing = [name for name in ("stem", "choices", "head") if name not in found]
         if missing:
             raise TypeError(
                 f"supernet: expected attributes stem, choices[layer][op] and head, got a {type(supernet).__name__} "
                 f"without {', '.join(missing)}"
             )
         try:
-            choices = tuple(tuple(layer) for layer in supernet.choices)
+            choices = tuple(tuple(layer) for layer in found["choices"])
         except TypeError:
             raise TypeError(
                 "supernet.choices: expected a sequence of layers, each a sequence of operations, got "
-                f"{type(supernet.choices).__name__}"
+                f"{type(found['choices']).__name__}"
             ) from None
         if not choices:
             raise ValueError("supernet.choices: expected at least one layer, got none")
         for number, layer in enumerate(choices):
             if not layer:
                 raise ValueError(f"supernet.choices[{number}]: expected at least one operation, got none")
-        parts = {"stem": supernet.stem, "head": supernet.head}
+        parts = {"stem": found["stem"], "head": found["head"]}
         parts.update({f"choices[{i}][{j}]": op for i, layer in enumerate(choices) for j, op in enumerate(layer)})
         for name, part in parts.items():
             if not callable(part):
                 raise TypeError(f"supernet.{name}: expected a module or function, got {type(part).__name__}")
             _check_visible(name, part)
-        return cls(supernet.stem, choices, supernet.head)
+        return cls(found["stem"], choices, found["head"])
 
     def modules_of(self, paths: Tensor) -> list[nn.Module]:
         """The modules that `paths` [m, layers] use, stem and head among them, and those that functions hold."""
@@ -132,14 +133,14 @@ def check_paths(given: Any, chain: Chain) -> Tensor:
         if lengths and lengths != [layers]:
             came = "a flat list" if lengths[0] < 0 else f"{len(rows)} paths of length {lengths}"
             raise ValueError(f"{expected}, got {came}")
-        paths = torch.tensor([[_index(op, expected) for op in row] for row in rows], dtype=torch.int64)
+        paths = torch.tensor([[_index(op, expected) for op in row] for row in rows], dtype=torch.int64, device="cpu")
         paths = paths.reshape(len(rows), layers)
     if paths.dtype != torch.int64:
         raise TypeError(f"{expected}, got {_dtype(paths)} {list(paths.shape)}")
     if paths.dim() != 2 or paths.shape[1] != layers or paths.shape[0] == 0:
         raise ValueError(f"{expected} with m >= 1, got int64 {list(paths.shape)}")
     paths = paths.detach().cpu().contiguous()
-    sizes = torch.tensor([len(layer) for layer in chain.choices])
+    sizes = torch.tensor([len(layer) for layer in chain.choices], device="cpu")
     wrong = ((paths < 0) | (paths >= sizes)).nonzero()
     if len(wrong):
         path, layer = wrong[0].tolist()

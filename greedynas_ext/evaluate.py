@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.intercept import Interceptor, Normalisation
-from greedynas_ext.isolation import held_interrupts, undisturbed
+from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
 from greedynas_ext.memory import MemoryEstimate, estimate_memory
 from greedynas_ext.plan import EvaluationPlan, Trie
 from greedynas_ext.runner import Profile, Runner, StageProfile
@@ -319,18 +319,25 @@ class _LogitsGatherer:
         self._limit = limit
         self._leaves: list[int] = []
         self._logits: list[Tensor] = []
+        self._versions: list[int] = []
 
     def add(self, leaf: int, logits: Tensor) -> None:
         self._leaves.append(leaf)
         self._logits.append(logits)
+        self._versions.append(version_of(logits))
         # Stacking holds them twice; with one more they shall not exceed the limit.
         if 2 * (len(self._logits) + 1) * logits.nbytes > self._limit:
             self.flush()
 
     def flush(self) -> None:
+        if list(map(version_of, self._logits)) != self._versions:
+            raise RuntimeError(
+                "supernet.head: expected logits of its own, got some that were written to while they were still "
+                "needed; a head that keeps its output's memory has to register it as a buffer"
+            )
         if self._leaves:
             self._score(self._leaves, torch.stack(self._logits))
-        self._leaves, self._logits = [], []
+        self._leaves, self._logits, self._versions = [], [], []
 
 
 def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:

@@ -78,7 +78,7 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
     RuntimeError, since it cannot be restored without copying all of them.
     """
     every = _all_modules(modules)
-    versions = [(name, p, _version(p)) for m in every for name, p in m._parameters.items() if p is not None]
+    versions = [(name, p, version_of(p)) for m in every for name, p in m._parameters.items() if p is not None]
     generators = _generator_states(device)
     held: list[nn.Module] = []
     try:
@@ -88,7 +88,7 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
         _release(held)
         _restore_generators(generators, device)
     for name, parameter, version in versions:
-        if _version(parameter) != version:
+        if version_of(parameter) != version:
             raise RuntimeError(
                 f"supernet: expected a forward that leaves its parameters alone, but {name!r} "
                 f"{list(parameter.shape)} was written to while its operation ran"
@@ -103,8 +103,9 @@ def _all_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(seen.values())
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+def version_of(tensor: Tensor) -> int:
+    """Grows with each write to the tensor or a view of it; 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _hold(modules: Sequence[nn.Module], held: list[nn.Module]) -> None:

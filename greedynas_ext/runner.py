@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
+from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
 
 
@@ -136,14 +137,21 @@ class Runner:
                 "supernet.stem",
             )
             self.stem_macs = macs // count
-            outputs: dict[int, Tensor] = {STEM: output}
+            # with what `version_of` said when they were made
+            outputs: dict[int, tuple[Tensor, int]] = {STEM: (output, version_of(output))}
             readers.add(output)
             del output
             for number, frees_parent in self._trie.steps(traversal):
                 safe_point()
                 node = self._trie.nodes[number]
                 operation = self._chain.choices[node.layer][node.op]
-                source = outputs[node.parent]
+                source, version = outputs[node.parent]
+                if version_of(source) != version:
+                    raise RuntimeError(
+                        f"{self._place(node.parent)}: expected an output of its own, got one that was written to while "
+                        f"it was still needed; an operation that keeps its output's memory has to register it as a "
+                        f"buffer"
+                    )
                 alone = frees_parent and readers.of(source) == 1
                 output, macs = self._call(
                     f"layer {node.layer}",
@@ -151,7 +159,7 @@ class Runner:
                     operation,
                     source if alone or only_reads(operation) else source.clone(),
                     normalisation,
-                    f"supernet.choices[{node.layer}][{node.op}]",
+                    self._place(number),
                 )
                 self.node_macs[number] = macs // count
                 if frees_parent:
@@ -159,7 +167,7 @@ class Runner:
                     readers.remove(source)
                 del source
                 if node.layer + 1 < self._trie.num_layers:
-                    outputs[number] = output
+                    outputs[number] = output, version_of(output)
                     readers.add(output)
                     del output
                     continue
@@ -178,6 +186,12 @@ class Runner:
                 # Logits are kept for a while, so they are not left in a tensor that others write to.
                 on_logits(number, logits.clone() if readers.of(logits) else logits)
                 del logits
+
+    def _place(self, number: int) -> str:
+        if number == STEM:
+            return "supernet.stem"
+        node = self._trie.nodes[number]
+        return f"supernet.choices[{node.layer}][{node.op}]"
 
     def _call(
         self,

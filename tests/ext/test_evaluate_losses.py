@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from supernets import (
@@ -140,6 +141,70 @@ def test_an_operation_that_reuses_its_output_buffer() -> None:
     result = evaluate_paths(net, paths, images, targets, per_image=True)
     torch.testing.assert_close(result.image_losses, expected, rtol=1e-12, atol=0)
     assert torch.equal(net.choices[1][0].output, torch.zeros(3, 4, 6, 6))
+
+
+class HiddenWorkspace(nn.Module):
+    """The same, out of everybody's sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = [torch.zeros(3, 4, 6, 6, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.output[0].shape != x.shape:
+            self.output[0] = torch.empty_like(x)
+        return torch.mul(x, 0.5, out=self.output[0])
+
+
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+def test_an_output_that_is_overwritten_while_it_is_needed_is_reported(traversal: str) -> None:
+    """What cannot be kept apart is not computed wrongly in silence."""
+    images, targets = draw_images(3)
+    net = build([["conv bn", "residual"], ["identity"], ["residual", "conv bn"]])
+    net.choices[1][0] = HiddenWorkspace()
+    paths = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 1]])
+    if traversal == "layer-by-layer":
+        with pytest.raises(
+            RuntimeError, match=r"^supernet\.choices\[1\]\[0\]: .* written to while it was still needed"
+        ):
+            evaluate_paths(net, paths, images, targets, max_memory=1 << 40)
+    else:  # one after the other, an output is overwritten when it has served
+        expected = plain_image_losses(net, paths, images, targets)[0]
+        result = evaluate_paths(net, paths, images, targets, per_image=True)
+        torch.testing.assert_close(result.image_losses, expected, rtol=1e-10, atol=0)
+
+
+def test_logits_that_are_overwritten_are_reported() -> None:
+    net = build([["conv bn", "residual"]])
+    logits = torch.zeros(3, 5, dtype=torch.float64)
+    linear = net.head
+    net.head = Function(lambda x: torch.mul(linear(x), 1.0, out=logits))
+    with pytest.raises(
+        RuntimeError, match=r"^supernet\.head: expected logits of its own, got some that were written to"
+    ):
+        evaluate_paths(net, [[0], [1]], *draw_images(3))
+
+
+def test_a_default_device_is_none_of_our_business() -> None:
+    net = build([["conv bn", "residual"], ["bn first", "elastic bn"]])
+    images, targets = draw_images(3)
+    expected = evaluate_paths(net, [[0, 1], [1, 0]], images, targets, k=2)
+    with torch.device("meta"):
+        result = evaluate_paths(net, [[0, 1], [1, 0]], images, targets, k=2)
+    assert torch.equal(result.losses, expected.losses)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_checkpointed_operations(bn: str, reentrant: bool) -> None:
+    net = build([["conv bn"], ["residual"]])
+    images, targets = draw_images(3)
+    expected = plain_image_losses(net, torch.tensor([[0, 0]]), images, targets, bn)[0].mean(1)
+    inner = net.choices[1][0]
+    net.choices[1][0] = Function(lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant))
+    net.choices[1][0].inner = inner
+    assert relative_error(evaluate_paths(net, [[0, 0]], images, targets, bn=bn).losses, expected) < 1e-12
 
 
 def in_nets_dtype(dtype: torch.dtype) -> float:
