@@ -377,10 +377,10 @@ def test_real_interrupts_at_many_moments(bn: str) -> None:
     previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     interrupted = 0
     try:
-        for number in range(120):
+        for number in range(60):
             arrived = False
             try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-6 + whole * (number % 60) / 50)
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + whole * number / 50)
                 evaluate_paths(net, paths, images, targets, **kwargs)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
@@ -391,7 +391,7 @@ def test_real_interrupts_at_many_moments(bn: str) -> None:
             before.check()
     finally:
         signal.signal(signal.SIGALRM, previous)
-    assert interrupted >= 40
+    assert interrupted >= 20
     fresh = evaluate_paths(net, paths, images, targets, **kwargs)
     assert torch.isfinite(fresh.losses).all()
 
@@ -443,6 +443,7 @@ def test_an_interrupt_is_delivered_to_the_users_own_handler() -> None:
     assert callable(handler)
 
 
+@pytest.mark.slow
 def test_a_signal_from_outside_ends_a_long_call(tmp_path: Path) -> None:
     """A real process, a real SIGINT, a call that would take minutes."""
     script = tmp_path / "long.py"
@@ -573,8 +574,8 @@ def test_the_second_of_two_threads_does_not_take_changed_buffers_for_the_origina
 
 def test_the_interpreter_lock_is_free_during_a_long_call() -> None:
     """A thread of pure Python goes on while operations run."""
-    net = build([["conv bn", "residual"]] * 3, channels=64)
-    images, targets = draw_images(16, 48)
+    net = build([["conv bn", "residual"]] * 3, channels=48)
+    images, targets = draw_images(8, 40)
     stop = threading.Event()
     beats: list[float] = []
 

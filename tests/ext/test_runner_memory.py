@@ -109,24 +109,31 @@ def test_the_estimate_bounds_what_is_alive(bn: str, traversal: str) -> None:
     assert peak > needed / 4, "a bound that is far too high splits batches that would fit"
 
 
-@pytest.mark.parametrize("traversal", ["layer-by-layer", "depth-first"])
-@pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_estimate_holds_in_every_precision(precision: str | None, dtype: torch.dtype, traversal: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, "fp32"),
+        (torch.float32, "bf16"),
+        (torch.float64, None),
+        (torch.float64, "fp32"),
+        (torch.float64, "bf16"),
+    ],
+)
+def test_the_estimate_holds_in_every_precision(dtype: torch.dtype, precision: str | None) -> None:
     """Casts of images, weights and activations are temporaries too."""
     net = build([["conv bn", "residual in place"], ["bn first", "attention"], ["elastic bn", "conv bn"]], channels=16)
     net.to(dtype)
-    paths = draw_paths(net, 12)
+    paths = draw_paths(net, 6)
     images, targets = draw_images(7, 12, dtype=torch.float32)
-    for bn in ("batch", "running"):
-        kwargs: Any = {"precision": precision, "bn": bn}
-        estimate = estimate_of(net, paths, images, targets, **kwargs)
+    estimate = estimate_of(net, paths, images, targets, precision=precision)
+    for traversal in ("layer-by-layer", "depth-first"):
         needed = estimate.needed(traversal, len(images))
-        _, peak = measured(net, paths, images, targets, max_memory=needed, **kwargs)
+        _, peak = measured(net, paths, images, targets, max_memory=needed, precision=precision)
         assert peak <= needed + SLACK
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_chain_stays_within_max_memory(data: st.DataObject) -> None:
     names = st.sampled_from(sorted(set(OPERATIONS) - {"bn 1d", "bn without running statistics"}))
