@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from greedynas.drawing import SERIES, new_figure, picture
+from greedynas.run_results import read_results
 from greedynas.runs import RunFolder
-from greedynas.storage import MetricsLog, read_json, write_bytes
+from greedynas.search_picture import best_losses
+from greedynas.storage import read_json, write_bytes
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+_PICTURES = {
+    "training.png": "Training loss",
+    "pool.png": "Exploit probability and pool turnover",
+    "draws.png": "Draws from the pool",
+    "search-nsga2.png": "Search",
+    "search-nsga2-architecture.png": "Architecture",
+    "retraining.png": "Retraining",
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,9 @@ def _text(root: Path, arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) ->
         "The greedy supernet's training, its pool and the chosen architecture:",
         "",
     ]
-    for picture in sorted(run.pictures.glob("*.png")):
-        lines += [f"![{picture.stem}]({picture.relative_to(root)})", ""]
+    for name, text in _PICTURES.items():
+        if (run.pictures / name).exists():
+            lines += [f"![{text}]({(run.pictures / name).relative_to(root)})", ""]
     lines += [f"Made by `greedynas demo --run {root}`; every folder holds the configuration that repeats it.", ""]
     return "\n".join(lines)
 
@@ -130,34 +141,27 @@ def _verdict(arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) -> str:
     return " ".join(sentences)
 
 
-def _picture(arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) -> bytes:
-    """Left: best loss against paths evaluated, for each search; right: test accuracies."""
-    figure = Figure(figsize=(9.0, 3.4), dpi=130, layout="constrained")
+@picture
+def _picture(arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) -> Figure:
+    """Left: lowest loss against paths evaluated, for each search; right: test accuracies."""
+    figure = new_figure(3.0)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves = []
     for number, (arm, arm_figures) in enumerate(zip(arms, figures, strict=True)):
-        colour = _COLOURS[number % len(_COLOURS)]
-        budget = arm_figures["found"]["max_macs"]
-        best, curve = float("inf"), []
-        for record in MetricsLog(arm.run.search(arm.search).metrics).read():
-            if budget is None or record["macs"] <= budget:
-                best = min(best, record["loss"])
-            curve.append(best)
-        left.plot(range(1, len(curve) + 1), curve, color=colour, label=arm.label, linewidth=1.6)
-        accuracies = _accuracies(arm_figures)
-        right.plot(
-            [100 * a for a in accuracies], [number] * len(accuracies), "o", color=colour, alpha=0.65, markersize=7
-        )
-        right.plot(100 * statistics.fmean(accuracies), number, "|", color=colour, markersize=22, markeredgewidth=2.5)
-    left.set_xlabel("paths evaluated")
-    left.set_ylabel("best validation loss (nats)")
-    left.legend(frameon=False, fontsize=8)
-    right.set_yticks(range(len(arms)), [arm.label.replace(", ", ",\n") for arm in arms], fontsize=8)
-    right.set_ylim(len(arms) - 0.5, -0.5)
-    right.set_xlabel("test accuracy from scratch (%)")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        colour = SERIES[number % len(SERIES)]
+        (found,) = (done for done in read_results(arm.run.root).searches if done.name == arm.search)
+        curves.append(best_losses(found))
+        left.plot(np.arange(1, len(curves[-1]) + 1), curves[-1], color=colour, drawstyle="steps-post", label=arm.label)
+        accuracies = sorted(100 * accuracy for accuracy in _accuracies(arm_figures))
+        # Equal accuracies stand above each other.
+        heights = [number - 0.12 * accuracies[:i].count(accuracy) for i, accuracy in enumerate(accuracies)]
+        right.plot(accuracies, heights, "o", color=colour, alpha=0.7, markersize=6, markeredgewidth=0)
+        right.plot(statistics.fmean(accuracies), number + 0.22, "^", color=colour, markersize=6)
+    # What the first few paths of a random draw had would press the rest onto the floor.
+    top = 1.08 * max(np.nanmax(curve[min(9, len(curve) - 1) :]) for curve in curves)
+    left.set_ylim(0.9 * min(np.nanmin(curve) for curve in curves), top)
+    left.set(xlabel="paths evaluated", ylabel="nats", xlim=(0, None), title="Lowest validation loss so far")
+    left.legend(loc="upper right")
+    right.set_yticks(range(len(arms)), [arm.label.replace(", ", ",\n") for arm in arms])
+    right.set(ylim=(len(arms) - 0.5, -0.5), xlabel="%, each seed and (triangle) their mean", title="Test accuracy")
+    return figure

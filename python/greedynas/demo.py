@@ -33,9 +33,9 @@ class DemoConfig:
 
     run: Path = Path("runs/demo")
     """Folder of the demo."""
-    iterations: int = 400
+    iterations: int = 350
     """Rounds of the greedy supernet at most."""
-    warmup_iterations: int = 75
+    warmup_iterations: int = 60
     """Rounds of uniform sampling before the greedy ones."""
     pool_size: int = 200
     """Paths that the candidate pool holds at most."""
@@ -45,7 +45,7 @@ class DemoConfig:
     """Paths of a generation."""
     generations: int = 12
     """Generations of NSGA-II; random search evaluates as many paths."""
-    epochs: int = 25
+    epochs: int = 20
     """Passes over the training images when a network is trained from scratch."""
     retrainings: int = 3
     """Networks trained from scratch of each winner, with different seeds."""

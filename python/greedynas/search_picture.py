@@ -57,12 +57,20 @@ def search_picture(search: SearchResults, baseline: SearchResults | None = None)
     plane.set(xlabel="M MACs", ylabel="validation loss (nats)")
     _limit_losses(plane, [s for s in (search, baseline) if s is not None])
     head(plane, "Evaluated paths, Pareto front and choice", columns=3)
+    drawn: list[npt.NDArray[np.float64]] = []
     for other, colour in ((baseline, GREY), (search, BLUE)):
         if other is not None:
             best = best_losses(other)
+            drawn.append(best[np.isfinite(best)])
             paths = np.arange(1, len(best) + 1)
             curve.plot(paths, best, color=colour, drawstyle="steps-post", label=shortened(other.name))
     curve.set(xlabel="paths evaluated", xlim=(0, None))
+    if drawn := [best for best in drawn if len(best)]:
+        # The first few paths of a random draw may be far worse, and would press the rest onto the floor.
+        curve.set_ylim(
+            0.9 * min(best.min() for best in drawn),
+            1.08 * max(best[9:].max(initial=0.0) or best.max() for best in drawn),
+        )
     curve.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     head(curve, "Lowest loss so far", columns=2)
     thousands(curve)
