@@ -29,8 +29,11 @@ RUN = Path("run")
         ({"filter_images": 0}, r"^filter_images: expected at least 1"),
         ({"pool_size": 0}, r"^pool_size: expected at least 1"),
         ({"warmup_iterations": -1}, r"^warmup_iterations: expected at least 0"),
-        ({"warmup_iterations": 601}, r"^warmup_iterations: expected at most iterations=600, got 601"),
-        ({"iterations": 50}, r"^warmup_iterations: expected at most iterations=50, got 100"),
+        (
+            {"iterations": 600, "warmup_iterations": 601},
+            r"^warmup_iterations: expected at most iterations=600, got 601",
+        ),
+        ({"iterations": 50, "warmup_iterations": 100}, r"^warmup_iterations: expected at most iterations=50, got 100"),
         ({"exploit_end": 1.1}, r"^exploit_end: expected a probability in \[0, 1\], got 1\.1"),
         ({"exploit_start": -0.1}, r"^exploit_start: expected a probability"),
         ({"exploit_start": 0.9}, r"^exploit_start: expected at most exploit_end=0\.8, got 0\.9"),
