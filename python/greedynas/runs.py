@@ -109,6 +109,7 @@ class RunFolder:
             remove_temporaries(self.root)
             return
         self.root.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.root)  # a kill before the config was in place leaves one
         save_config(self.config, config)
 
 

@@ -17,6 +17,19 @@ from greedynas.option_checks import (
 RUN = Path("run")
 
 
+def training(**options):
+    settings = {
+        "iterations": 600,
+        "warmup_iterations": 100,
+        "sampled_paths": 10,
+        "kept_paths": 5,
+        "pool_size": 200,
+        "exploit_start": 0.0,
+        "exploit_end": 0.8,
+    }
+    return TrainConfig(run=RUN, **(settings | options))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -63,24 +76,24 @@ RUN = Path("run")
 )
 def test_training_options(options, message):
     with pytest.raises(ValueError, match=message):
-        check_training(TrainConfig(run=RUN, **options))
+        check_training(training(**options))
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "fair"])
 def test_options_of_the_filter_do_not_bind_other_samplers(sampler):
     # A short uniform run must not fail over the length of a warm-up that it does not have.
-    check_training(TrainConfig(run=RUN, sampler=sampler, iterations=5, sampled_paths=1, stop_interval=1))
+    check_training(training(sampler=sampler, iterations=5, sampled_paths=1, stop_interval=1))
 
 
 def test_boundaries_of_training_options_pass():
-    check_training(TrainConfig(run=RUN, iterations=100, warmup_iterations=100, sampled_paths=5, kept_paths=5))
-    check_training(TrainConfig(run=RUN, stop_interval=21, seed=2**32 - 1, stop_threshold=0.0, label_smoothing=1.0))
-    check_training(TrainConfig(run=RUN, exploit_start=0.8, exploit_end=0.8, momentum=0.0))
+    check_training(training(iterations=100, warmup_iterations=100, sampled_paths=5, kept_paths=5))
+    check_training(training(stop_interval=21, seed=2**32 - 1, stop_threshold=0.0, label_smoothing=1.0))
+    check_training(training(exploit_start=0.8, exploit_end=0.8, momentum=0.0))
 
 
 def test_wrong_type():
     with pytest.raises(TypeError, match=r"^iterations: expected int, got float 3\.0"):
-        check_training(TrainConfig(run=RUN, iterations=3.0))
+        check_training(training(iterations=3.0))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +155,7 @@ def test_defaults_pass():
 
 
 def test_configs_are_not_changed_by_a_check():
-    config = TrainConfig(run=RUN)
+    config = training()
     before = dataclasses.asdict(config)
     check_training(config)
     assert dataclasses.asdict(config) == before

@@ -77,6 +77,10 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     mine.write_bytes(b"mine")
     folder.open(train_config(folder.root), resume=True)
     assert not leftover.exists()
+    folder.config.unlink()
+    leftover.write_bytes(b"half of a config")
+    folder.open(train_config(folder.root), resume=False)
+    assert not leftover.exists()
     assert mine.exists()
 
 

@@ -24,6 +24,9 @@ def register() -> None:
     spaces._SPACES["tiny"] = SPACE
 
 
+# What matters to a test stands here and not in the defaults, which change as better ones are found.
+
+
 def train_config(run, **options):
     settings = {
         "space": "tiny",
@@ -36,18 +39,47 @@ def train_config(run, **options):
         "batch_size": 8,
         "stop_interval": 3,
         "checkpoint_interval": 4,
+        "learning_rate": 0.05,
+        "final_learning_rate": 1e-5,
+        "momentum": 0.9,
+        "weight_decay": 4e-5,
+        "label_smoothing": 0.1,
+        "schedule": "linear",
+        "exploit_start": 0.0,
+        "exploit_end": 0.8,
+        "stop_threshold": 0.08,
         "threads": 1,
     }
     return TrainConfig(run=run, **(settings | options))
 
 
 def search_config(run, **options):
-    settings = {"population": 6, "generations": 4, "calibration_images": 40, "validation_images": 50, "threads": 1}
+    settings = {
+        "population": 6,
+        "generations": 4,
+        "crossover_probability": 0.9,
+        "mutation_probability": None,
+        "calibration_images": 40,
+        "validation_images": 50,
+        "batch_size": 1000,
+        "threads": 1,
+    }
     return SearchConfig(run=run, **(settings | options))
 
 
 def retrain_config(run, **options):
-    settings = {"epochs": 3, "batch_size": 128, "checkpoint_interval": 2, "warmup_epochs": 1.0, "threads": 1}
+    settings = {
+        "epochs": 3,
+        "batch_size": 128,
+        "checkpoint_interval": 2,
+        "warmup_epochs": 1.0,
+        "learning_rate": 0.05,
+        "weight_decay": 1e-4,
+        "label_smoothing": 0.1,
+        "dropout": 0.2,
+        "ema_decay": 0.0,
+        "threads": 1,
+    }
     return RetrainConfig(run=run, **(settings | options))
 
 
