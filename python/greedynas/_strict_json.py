@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from ._checks import describe
+from greedynas._checks import describe
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import _strict_json
-from ._checks import check_count
-from ._files import PathLike, errors_naming, sync_folder, write_all, write_bytes
+from greedynas import _strict_json
+from greedynas._checks import check_count
+from greedynas._files import PathLike, errors_naming, sync_folder, write_all, write_bytes
 
 
 def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from sortedcontainers import SortedList
 
-from . import storage
-from ._checks import check_count, check_generator, check_number, describe
-from ._paths import PathTuple, check_losses, check_num_choices, check_path, check_paths
+from greedynas import storage
+from greedynas._checks import check_count, check_generator, check_number, describe
+from greedynas._paths import PathTuple, check_losses, check_num_choices, check_path, check_paths
 
 PathCost = Callable[[PathTuple], float]
 

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from . import _strict_json
-from ._checks import describe
-from ._files import PathLike, remove_temporaries, write_bytes
-from .metrics_log import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
+from greedynas import _strict_json
+from greedynas._checks import describe
+from greedynas._files import PathLike, remove_temporaries, write_bytes
+from greedynas.metrics_log import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
 
 __all__ = [
     "MetricsLog",
