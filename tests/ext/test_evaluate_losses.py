@@ -120,6 +120,36 @@ def test_an_output_that_is_a_view_of_the_input_survives_a_sibling_that_writes(fi
     compare(net, paths, "running", TRAVERSALS[traversal], 1e-10)
 
 
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+@pytest.mark.parametrize("how", ["pre-hook", "hook", "forward of the instance", "hook of a sequential"])
+def test_a_convolution_or_identity_that_writes_to_its_input_after_all(how: str, traversal: str) -> None:
+    """These are given their siblings' input without a copy, unless something about them is not as it comes."""
+    net = build([["identity", "conv bn", "residual"], ["residual", "conv bn"]])
+    conv = nn.Conv2d(4, 4, 1).double()
+    if how == "pre-hook":
+        conv.register_forward_pre_hook(lambda module, args: (args[0].add_(1.0),))
+    elif how == "hook":
+        conv.register_forward_hook(lambda module, args, output: output + args[0].mul_(2.0))
+    elif how == "forward of the instance":
+        conv.forward = lambda x: x.mul_(3.0)
+    operation: nn.Module = conv
+    if how == "hook of a sequential":
+        operation = nn.Sequential(nn.Identity(), conv)
+        operation.register_forward_pre_hook(lambda module, args: (args[0].add_(1.0),))
+    net.choices[0][0] = operation
+    paths = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+    images, targets = draw_images(3)
+    expected = []  # the replaced forward is bound to this module, so the module itself runs, on copies
+    with torch.no_grad():
+        for path in paths.tolist():
+            x = net.stem(images.clone())
+            for layer, op in zip(net.choices, path, strict=True):
+                x = layer[op](x.clone())
+            expected.append(F.cross_entropy(net.head(x), targets))
+    result = evaluate_paths(net, paths, images, targets, max_memory=TRAVERSALS[traversal])
+    assert relative_error(result.losses, torch.stack(expected)) < 1e-12
+
+
 class Workspace(nn.Module):
     """Writes its output into a buffer that it keeps from call to call."""
 
@@ -128,19 +158,34 @@ class Workspace(nn.Module):
         self.register_buffer("output", torch.zeros(3, 4, 6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.mul(x, 0.5, out=self.output)
+        return torch.mul(x, 0.5, out=self.output[: len(x)])
 
 
-def test_an_operation_that_reuses_its_output_buffer() -> None:
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+def test_an_operation_that_reuses_its_output_buffer(traversal: str) -> None:
     net = build([["conv bn", "residual"], ["identity", "relu in place"], ["relu in place", "identity"]])
     net.choices[1][0] = Workspace().double()
     net.choices[2][1] = net.choices[1][0]
     images, targets = draw_images(3)
     paths = torch.cartesian_prod(*[torch.arange(2)] * 3)
     expected = plain_image_losses(net, paths, images, targets)[0]
-    result = evaluate_paths(net, paths, images, targets, per_image=True)
+    result = evaluate_paths(net, paths, images, targets, per_image=True, max_memory=TRAVERSALS[traversal])
     torch.testing.assert_close(result.image_losses, expected, rtol=1e-12, atol=0)
     assert torch.equal(net.choices[1][0].output, torch.zeros(3, 4, 6, 6))
+
+
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+def test_logits_that_are_the_last_layers_own_input(traversal: str) -> None:
+    """They are kept for a while, and a sibling then writes into the tensor that they are."""
+    net = SimpleNamespace(
+        stem=lambda x: x.flatten(1)[:, :5].clone(),
+        choices=[[nn.Identity(), lambda x: x.add_(torch.arange(5.0))]],
+        head=nn.Identity(),
+    )
+    images, targets = draw_images(3)
+    expected, _ = plain_image_losses(net, torch.tensor([[0], [1]]), images, targets)
+    result = evaluate_paths(net, [[0], [1]], images, targets, per_image=True, max_memory=TRAVERSALS[traversal])
+    torch.testing.assert_close(result.image_losses, expected, rtol=1e-12, atol=0)
 
 
 class HiddenWorkspace(nn.Module):
