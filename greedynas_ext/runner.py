@@ -104,7 +104,9 @@ class Runner:
         self._owned = {
             tensor.untyped_storage().data_ptr()
             for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
+            for inner in module.modules()
+            for tensor in (*inner._parameters.values(), *inner._buffers.values())
+            if tensor is not None
         }
         # per image, of the batch that ran last
         self.stem_macs = 0
