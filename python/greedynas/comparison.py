@@ -52,7 +52,15 @@ class Arm:
 
 
 def write_comparison(root: Path, arms: Sequence[Arm]) -> Path:
-    """Writes report.md and comparison.png in `root`; returns the report's path."""
+    """Writes report.md and comparison.png in `root`; returns the report's path.
+
+    Args:
+        root: folder that holds the runs' folders.
+        arms: what to compare; the first is the greedy one, whose measured cost ratio counts for all.
+
+    Raises:
+        FileNotFoundError, ValueError: a result is missing or damaged; names the file.
+    """
     figures = [arm.figures() for arm in arms]
     write_bytes(root / "comparison.png", _picture(arms, figures))
     report = root / "report.md"
@@ -134,6 +142,8 @@ def _verdict(arms: Sequence[Arm], figures: Sequence[dict[str, Any]]) -> str:
         difference = statistics.fmean(greedy) - statistics.fmean(others)
         overlap = min(greedy) <= max(others) and min(others) <= max(greedy)
         certainty = "the seeds' ranges overlap, so this run cannot tell them apart" if overlap else "beyond the seeds"
+        if len(greedy) == len(others) == 1:
+            certainty = "with one seed each, this run cannot tell what is chance"
         sentences.append(
             f"Against *{arm.label}* the difference in mean test accuracy is {100 * difference:+.2f} points: "
             f"{certainty}."

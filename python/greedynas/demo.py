@@ -84,10 +84,15 @@ def demo(config: DemoConfig) -> Path:
         "greedy supernet, random search": (greedy, "random"),
         "uniform supernet, NSGA-II": (uniform, "nsga2"),
     }
-    _in_parallel("search", search, [_search(config, *arm) for arm in arms.values()], config.threads)
+    searches = [(run.search(name), _search(config, run, name)) for run, name in arms.values()]
+    _in_parallel("search", search, searches, config.threads)
 
     say("4/4 the three winners, trained from scratch and tested")
-    retrainings = [_retraining(config, *arm, number) for arm in arms.values() for number in range(config.retrainings)]
+    retrainings = [
+        (run.retraining(f"{name}-{number}"), _retraining(config, run, name, number))
+        for run, name in arms.values()
+        for number in range(config.retrainings)
+    ]
     _in_parallel("retrain", retrain, retrainings, config.threads)
 
     for folder in (greedy, uniform):
@@ -101,17 +106,38 @@ def demo(config: DemoConfig) -> Path:
     )
 
 
-def _in_parallel(label: str, stage: Callable[..., RunFolder], configs: Sequence[Any], threads: int) -> None:
-    """Runs a stage for each config, in as many processes as there are CPUs for them, which changes no result."""
-    processes = min(len(configs), max(1, len(os.sched_getaffinity(0)) // threads))
+def _in_parallel(
+    label: str, stage: Callable[..., RunFolder], jobs: Sequence[tuple[RunFolder, Any]], threads: int
+) -> None:
+    """Runs a stage for each config, in as many processes as there are CPUs for them, which changes no result.
+
+    Args:
+        label: for the progress.
+        stage: `search` or `retrain`.
+        jobs: for each the folder of its result, and its config.
+        threads: CPU threads of each.
+    """
+    left = []
+    for folder, config in jobs:
+        if folder.finished:
+            stage(config, resume=True)  # makes sure that it was done with this config
+        else:
+            left.append(config)
+    if not left:
+        return
+    processes = min(len(left), max(1, len(os.sched_getaffinity(0)) // threads))
     context = multiprocessing.get_context("spawn")
     with (
-        Reporter(label, len(configs)) as reporter,
+        Reporter(label, len(jobs), done=len(jobs) - len(left)) as reporter,
         ProcessPoolExecutor(processes, context, initializer=silence) as executor,
     ):
-        for future in as_completed([executor.submit(stage, config, resume=True) for config in configs]):
-            future.result()
-            reporter.advance({})
+        try:
+            for future in as_completed([executor.submit(stage, config, resume=True) for config in left]):
+                future.result()
+                reporter.advance({})
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)  # else all that is left would be run first
+            raise
 
 
 def _training(config: DemoConfig, sampler: str, iterations: int | None = None) -> TrainConfig:
