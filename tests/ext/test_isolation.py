@@ -27,6 +27,14 @@ POLICIES = ("batch", "running", "recalibrated")
 PATHS = torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0]])
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background and the shell had it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 class Writes(nn.Module):
     """Writes to its buffers in every way that a forward can."""
 
@@ -450,7 +458,8 @@ def test_a_signal_from_outside_ends_a_long_call(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(
             """
-            import sys, time
+            import signal, sys
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.path.insert(0, sys.argv[1])
             import torch
             from supernets import build, draw_images
@@ -461,7 +470,6 @@ def test_a_signal_from_outside_ends_a_long_call(tmp_path: Path) -> None:
             paths = torch.cartesian_prod(*[torch.arange(2)] * 14)
             images, targets = draw_images(8)
             print("ready", flush=True)
-            started = time.perf_counter()
             try:
                 evaluate_paths(net, paths, images, targets)
             except KeyboardInterrupt:
