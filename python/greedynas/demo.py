@@ -33,9 +33,9 @@ class DemoConfig:
 
     run: Path = Path("runs/demo")
     """Folder of the demo."""
-    iterations: int = 350
+    iterations: int = 400
     """Rounds of the greedy supernet at most."""
-    warmup_iterations: int = 60
+    warmup_iterations: int = 75
     """Rounds of uniform sampling before the greedy ones."""
     pool_size: int = 200
     """Paths that the candidate pool holds at most."""
