@@ -1,8 +1,9 @@
 """Runs stages in processes of their own and kills them; one start-up of Python serves many.
 
-Reads a job a line from stdin: {"stage", "run", "options", "resume", "operation", "how", "seconds"}. Each is forked off
-and killed by SIGKILL at its n-th file operation ("operation"; "how": before it, after it, or, for a write, with half of
-it done), or after some seconds, or not at all. Answers with a line: {"outcome": "done", "killed" or an error,
+Reads a job a line from stdin: {"stage", "run", "options", "resume", "operation", "how", "seconds", "file_size"}. Each
+is forked off and killed by SIGKILL at its n-th file operation ("operation"; "how": before it, after it, or, if a write,
+with half of it done), or after some seconds, or not at all. Beyond "file_size" bytes the kernel refuses to write, as on
+a full disk. Answers with a line: {"outcome": "done", "killed" or an error,
 "operations": file operations of a process that was done, "seconds"}.
 """
 
@@ -12,6 +13,7 @@ import gc
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -59,6 +61,9 @@ class Bomb:
 def child(job, answer):
     stage, make_config = STAGES[job["stage"]]
     sys.stderr = io.StringIO()
+    if "file_size" in job:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], job["file_size"]))
     bomb = Bomb(job.get("operation"), job.get("how"))
     try:
         stage(make_config(Path(job["run"]), **job.get("options", {})), resume=job["resume"])

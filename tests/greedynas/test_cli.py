@@ -403,17 +403,21 @@ def start(*words):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_reports")
 def test_a_killed_command_resumes_to_the_same_end(tmp_path):
     options = {"iterations": 12, "sampled_paths": 3, "kept_paths": 1, "pool_size": 5, "checkpoint_interval": 2}
     config = train_config(tmp_path / "killed", space="mini-16", **options)
-    process = start("train", *options_of(config))
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and len(MetricsLog(metrics).read()) < 5:
-        time.sleep(0.005)
-    process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
+    words = options_of(config)
+    for rounds in (1, 5, 9):
+        process = start("train", *words)
+        while process.poll() is None and len(MetricsLog(metrics).read()) < rounds:
+            time.sleep(0.005)
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        words = ["--run", tmp_path / "killed", "--resume"]
     assert not (tmp_path / "killed" / "summary.json").exists()
     torch.set_num_threads(1)
     main(["train", "--run", str(tmp_path / "killed"), "--resume"])

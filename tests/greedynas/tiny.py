@@ -56,7 +56,7 @@ def train_config(run, **options):
 def search_config(run, **options):
     settings = {
         "population": 6,
-        "generations": 4,
+        "generations": 3,
         "crossover_probability": 0.9,
         "mutation_probability": None,
         "calibration_images": 40,
