@@ -190,6 +190,10 @@ def test_logits_are_gathered_within_the_limit() -> None:
     for extra in (0, together // 3):
         _, peak = measured(net, paths, images, targets, max_memory=needed + extra)
         assert peak <= needed + extra + SLACK
+    limit = estimate.needed("depth-first", 3)
+    result, peak = measured(net, paths, images, targets, max_memory=limit, bn="running")
+    assert result.plan.batch_split == 2
+    assert peak <= limit + SLACK
 
 
 def test_nothing_is_kept_from_batch_to_batch() -> None:
