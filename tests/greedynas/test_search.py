@@ -236,6 +236,15 @@ def test_the_budget_holds_for_choice_and_front(method, run_dir):
     assert all(r["macs"] <= budget for r in records_of(folder) if r["generation"] == 0)
 
 
+def test_what_nsga2_minimises_and_what_binds_it():
+    records = [{"loss": 2.5, "macs": 3.0}, {"loss": math.nan, "macs": 5.0}, {"loss": math.inf, "macs": 4.0}]
+    figures = greedynas.search._figures_of(records, True, 4.0)
+    assert figures["F"].tolist() == [[2.5, 3.0], [1e6, 5.0], [1e6, 4.0]]
+    assert figures["G"].tolist() == [[-1.0], [1.0], [0.0]]  # pymoo: at most 0 is feasible
+    assert greedynas.search._figures_of(records, False, None).keys() == {"F"}
+    assert greedynas.search._figures_of(records, False, None)["F"].tolist() == [[2.5], [1e6], [1e6]]
+
+
 def test_the_trainings_budget_is_the_default(tmp_path):
     root = train(train_config(tmp_path / "run", max_macs=0.016, iterations=4)).root
     assert read_json(search(search_config(root)).summary)["max_macs"] == 0.016
