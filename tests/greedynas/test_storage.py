@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import math
@@ -27,13 +28,18 @@ from greedynas.storage import (
 )
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow past 4096 bytes: a write fails half-way with EFBIG, as the kernel does it, not a mock."""
+    """No file may grow past 4096 bytes: a write fails half-way with EFBIG, as the kernel does it, not a mock.
+
+    No fixture: pytest writes its progress before fixtures end, and that may go to a file which is larger.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -176,7 +182,7 @@ def test_a_folder_that_does_not_sync(tmp_path, monkeypatch, code):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_write_past_the_file_size_limit_keeps_the_old_files(tmp_path, small_files):
+def test_a_write_past_the_file_size_limit_keeps_the_old_files(tmp_path):
     write_bytes(tmp_path / "bytes", b"old")
     save_tensors(tmp_path / "tensors", {"w": torch.ones(3)}, {"step": 1})
     write_json(tmp_path / "json", [1])
@@ -185,7 +191,7 @@ def test_a_write_past_the_file_size_limit_keeps_the_old_files(tmp_path, small_fi
         "tensors": lambda path: save_tensors(path, {"w": torch.zeros(2000)}),
         "json": lambda path: write_json(path, list(range(5000))),
     }.items():
-        with pytest.raises(OSError, match="nothing was written") as caught:
+        with small_files(), pytest.raises(OSError, match="nothing was written") as caught:
             write(tmp_path / name)
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
     assert (tmp_path / "bytes").read_bytes() == b"old"
