@@ -310,6 +310,15 @@ def test_a_seed_repeats_a_search_and_another_does_not(method, run_dir):
     assert first.metrics.read_bytes() != other.metrics.read_bytes()
 
 
+def test_the_seed_reaches_selection_and_variation(run_dir):
+    # All images, no calibration and a first population from the pool: nothing else could make a difference.
+    options = {"bn": "running", "validation_images": None}
+    runs = [search(search_config(run_dir, name=f"s{seed}", seed=seed, **options)) for seed in (3, 4)]
+    first, second = ([record["path"] for record in records_of(folder)] for folder in runs)
+    assert first[:6] == second[:6]
+    assert first[6:] != second[6:]
+
+
 # Resuming
 
 
