@@ -34,6 +34,7 @@ STAGES = {
     "search": (search, tiny.search_config),
     "retrain": (retrain, tiny.retrain_config),
 }
+WRITE = os.write  # the answer is no operation of the stage: a bomb must not count it, nor tear it
 OPERATIONS = ("write", "replace", "fsync", "ftruncate", "unlink")
 
 
@@ -71,7 +72,7 @@ def child(job, answer):
     except BaseException:
         outcome = traceback.format_exc()
     count = bomb.count
-    os.write(answer, json.dumps({"outcome": outcome, "operations": count}).encode())
+    WRITE(answer, json.dumps({"outcome": outcome, "operations": count}).encode())
     os._exit(0)
 
 
