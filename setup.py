@@ -94,10 +94,19 @@ def main() -> None:
     def sources(*patterns: str) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
-    headers = sources("csrc/*.h", "csrc/cpu/*.h")
+    headers = sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/kernels/*.h")
+    # The kernels of whole chains, whose driver Python calls directly: it is no operation on tensors.
+    chain_sources = sources("csrc/cpu/c*.cpp", "csrc/cpu/kernels_*.cpp")
+    chain = CppExtension(
+        "greedynas_ext._chain",
+        [*chain_sources, "csrc/cpu/path_cross_entropy.cpp"],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        depends=headers,
+        extra_compile_args={"cxx": [*flags, *system_headers, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},
+    )
     ops = CppExtension(
         "greedynas_ext._ops",
-        sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp"),
+        sorted(set(sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp")) - set(chain_sources)),
         include_dirs=[str(ROOT / "csrc")],
         depends=headers,
         extra_compile_args={"cxx": [*flags, *system_headers, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},
@@ -121,7 +130,7 @@ def main() -> None:
             folder = ROOT / "greedynas_ext" if self.inplace else Path(self.build_lib) / "greedynas_ext"
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    setup(ext_modules=[ops, plan], cmdclass={"build_ext": Build})
+    setup(ext_modules=[ops, chain, plan], cmdclass={"build_ext": Build})
 
 
 if __name__ == "__main__":

@@ -45,7 +45,25 @@ def require_ops() -> None:
 
 def require_plan() -> ModuleType:
     """The module `greedynas_ext._plan`; ImportError that says what to do where it could not be loaded."""
+    return _require("_plan")
+
+
+def require_chain() -> ModuleType:
+    """The module `greedynas_ext._chain`, likewise."""
+    return _require("_chain")
+
+
+def chain_available() -> bool:
+    """Whether the module `greedynas_ext._chain` is there."""
     try:
-        return importlib.import_module("greedynas_ext._plan")
+        require_chain()
+    except ImportError:
+        return False
+    return True
+
+
+def _require(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"greedynas_ext.{name}")
     except ImportError as error:
-        raise ImportError(f"greedynas_ext._plan could not be loaded: {error}; {_HOW}") from error
+        raise ImportError(f"greedynas_ext.{name} could not be loaded: {error}; {_HOW}") from error

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain, SupernetLike
-from greedynas_ext.intercept import Interceptor, Normalisation
-from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
-from greedynas_ext.memory import MemoryEstimate, estimate_memory
+from greedynas_ext.fused import FusedChain, FusedEngine, fused_precision, refused
+from greedynas_ext.isolation import held_interrupts
+from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
-from greedynas_ext.runner import Profile, Runner, StageProfile
-
-_LOGITS_BYTES = 64 << 20  # logits are gathered up to this size before their loss is computed
+from greedynas_ext.runner import StageProfile
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,19 @@ def evaluate_paths(
     micro_batch: int | None = None,
     per_image: bool = False,
     profile: bool = False,
+    fused: bool | None = None,
 ) -> PathEvaluation:
     """Computes the loss of each of m paths of a supernet on the same images, sharing what the paths share.
 
     Activations after a layer, and batch statistics too, depend on the choices up to it alone, so each unique prefix
-    of the paths is computed once and the result is that of a loop over the paths. Modules run as they are, without
-    gradients, in evaluation mode (dropout and drop-path off), their batch normalisations by the policy `bn`. The
-    supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
+    of the paths is computed once and the result is that of a loop over the paths, without gradients, dropout and
+    drop-path off, batch normalisations by the policy `bn`. On a CPU, where stem, operations and head are all
+    recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-excitation or
+    without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them; anything else
+    runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the forward of a new or
+    changed module runs once on a symbol instead of a tensor.
+
+    The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
     also after an exception or Ctrl-C, which is delivered between two operations.
 
     Path filtering by the loss of a batch is the method of You et al., "GreedyNAS: Towards Fast One-Shot NAS with
@@ -88,14 +90,17 @@ def evaluate_paths(
         calibration: floating [M, C, H, W], with bn="recalibrated" only.
         label_smoothing: of the cross-entropy, in [0, 1].
         precision: None follows the supernet's dtype and an active autocast; "fp32" does the arithmetic on weights in
-            float32 with autocast off; "bf16" runs under bfloat16 autocast.
-        max_memory: bytes for activations. Layer by layer is used where it fits, depth-first elsewhere; where that
-            does not fit either, images are split where the statistics allow it (not where those of the batch are
-            used), or ValueError is raised. None: depth-first.
+            float32 with autocast off; "bf16" rounds activations and weights to bfloat16 (modules: under bfloat16
+            autocast) and sums in float32; fused, on a machine without bfloat16 products, it is "fp32".
+        max_memory: bytes for activations and working memory. Layer by layer is used where it fits, depth-first
+            elsewhere; where that does not fit either, images are split where the statistics allow it (not where
+            those of the batch are used), or ValueError is raised. None: depth-first.
         micro_batch: evaluate at most this many images at once; with bn="batch" statistics are then those of each
             part, which `statistics` says.
         per_image: also return the loss of each image.
         profile: also return time, operations and bytes by stage.
+        fused: None uses the fused kernels where they can be used; False runs the modules; True raises ValueError,
+            saying why, where the fused kernels cannot be used.
 
     Returns:
         PathEvaluation.
@@ -123,16 +128,61 @@ def evaluate_paths(
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
-    evaluation = _Evaluation(
-        chain, checked_paths, modules, dtype, bn, label_smoothing, precision, max_memory, per_image, profile
-    )
+    trie = Trie(checked_paths)
+    engine: FusedEngine | ModuleEngine
+    kind = fused_precision(dtype, precision)
+    described = _description(chain, trie, modules, images, kind, bn) if fused is not False else "fused=False"
+    if isinstance(described, str):
+        if fused:
+            raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
+        engine = ModuleEngine(
+            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, reason=described
+        )
+    else:
+        engine = FusedEngine(described, trie, kind, bn, label_smoothing, max_memory)
+
     if calibration is not None:
-        evaluation.calibrate(calibration)
+        engine.calibrate(calibration)
+    sums = _Sums(trie, per_image)
     for batch_images, batch_targets in arguments.iterate_batches(images, targets, device):
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
-            evaluation.add(*part)
-    return evaluation.result(k, micro_batch)
+            sums.sizes += engine.evaluate(*part, sums.add)
+    losses, accuracy, image_losses = sums.means()
+    per_layer = trie.nodes_per_layer()
+    plan = EvaluationPlan(
+        len(checked_paths),
+        trie.num_layers,
+        sum(per_layer),
+        per_layer,
+        engine.traversal,
+        *engine.macs(),
+        engine.split,
+        engine.kernels,
+    )
+    return PathEvaluation(
+        losses,
+        accuracy,
+        _top_k(losses, k),
+        image_losses,
+        plan,
+        _statistics_in_words(bn, engine.needs_batch, sums.sizes, micro_batch),
+        engine.profile(sum(sums.sizes)) if profile else None,
+    )
+
+
+def _description(
+    chain: Chain, trie: Trie, modules: Sequence[nn.Module], images: object, kind: str, bn: str
+) -> FusedChain | str:
+    """What the fused engine evaluates, or why it does not."""
+    reason = refused(modules, images, kind)
+    if reason is not None:
+        return reason
+    with held_interrupts(), torch.no_grad():
+        described = FusedChain.of(chain, trie)
+    if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
+        return "a batch normalisation stores no running statistics"
+    return described
 
 
 def _device_and_dtype(modules: Sequence[nn.Module]) -> tuple[torch.device | None, torch.dtype | None]:
@@ -144,223 +194,60 @@ def _device_and_dtype(modules: Sequence[nn.Module]) -> tuple[torch.device | None
     return None, None
 
 
-class _Evaluation:
-    """One call of `evaluate_paths`: batches come in, sums are kept."""
+class _Sums:
+    """What the engine finds for each leaf of the trie, summed over images on their device."""
 
-    def __init__(
-        self,
-        chain: Chain,
-        paths: Tensor,
-        modules: Sequence[nn.Module],
-        dtype: torch.dtype | None,
-        bn: str,
-        label_smoothing: float,
-        precision: str | None,
-        max_memory: int | None,
-        per_image: bool,
-        profile: bool,
-    ) -> None:
-        self._chain, self._modules, self._dtype = chain, modules, dtype
-        self._bn, self._label_smoothing, self._precision = bn, label_smoothing, precision
-        self._max_memory, self._per_image, self._profiling = max_memory, per_image, profile
-        self._trie = Trie(paths)
-        cast_to, cast_from = _casts(precision)
-        self._interceptor = Interceptor(cast_to, cast_from)
-        self._runner: Runner | None = None
-        self._profile: Profile
-        self._traversal, self._split = "depth-first", 1
-        self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
-        self._macs: tuple[int, int] | None = None
-        # Sums over images for each leaf, on the images' device; the number of images; losses of each image
-        self._loss_sums: dict[int, Tensor] = {}
+    def __init__(self, trie: Trie, per_image: bool) -> None:
+        self._trie, self._per_image = trie, per_image
+        self._losses: dict[int, Tensor] = {}
         self._correct: dict[int, Tensor] = {}
         self._image_losses: dict[int, list[Tensor]] = {}  # only on request
-        self._result_dtype = torch.float32
-        self._image_counts: list[int] = []
+        self._dtype = torch.float32
+        self.sizes: list[int] = []  # of the parts of batches
 
-    def calibrate(self, images: Tensor) -> None:
-        """One pass whose batch statistics become the constants of each node."""
-        with self._running(images) as (runner, safe_point):
-            traversal, _, _ = self._choose_traversal("calibration", images, safe_point)
-            runner.run(self._cast(images), traversal, "capture", lambda leaf, logits: None, safe_point)
+    def add(self, leaves: Sequence[int], image_losses: Tensor, correct: Tensor) -> None:
+        """`image_losses` [leaves, n] and `correct` [leaves] of n images."""
+        self._dtype = image_losses.dtype
+        totals = image_losses.double().sum(1)
+        for position, leaf in enumerate(leaves):
+            if self._per_image:
+                self._image_losses.setdefault(leaf, []).append(image_losses[position])
+            self._losses[leaf] = self._losses.get(leaf, 0) + totals[position]
+            self._correct[leaf] = self._correct.get(leaf, 0) + correct[position]
 
-    def add(self, images: Tensor, targets: Tensor) -> None:
-        """Evaluates one batch."""
-        normalisation: Normalisation = {"batch": "batch", "running": "running", "recalibrated": "constants"}[self._bn]  # type: ignore[assignment]
-        with self._running(images) as (runner, safe_point):
-            self._traversal, split, gathered = self._choose_traversal("images", images, safe_point)
-            self._split = max(self._split, split)
-            for part, part_targets in zip(images.tensor_split(split), targets.tensor_split(split), strict=True):
-                gather = _LogitsGatherer(functools.partial(self._score, part_targets), gathered)
-                runner.run(self._cast(part), self._traversal, normalisation, gather.add, safe_point)
-                gather.flush()
-                self._image_counts.append(len(part))
-            if self._macs is None:
-                self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
-
-    def result(self, k: int | None, micro_batch: int | None) -> PathEvaluation:
-        """Means over all images so far."""
+    def means(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses [m], accuracy [m], and, on request, losses of images [m, N]."""
         leaves = self._trie.leaf_of_path
-        count = sum(self._image_counts)
-        dtype = self._result_dtype
-        losses = (torch.stack([self._loss_sums[leaf] for leaf in leaves]) / count).to(dtype)
-        accuracy = (torch.stack([self._correct[leaf] for leaf in leaves]).double() / count).to(dtype)
-        top_k = None
-        if k is not None:
-            finite = int(torch.isfinite(losses).sum())
-            if finite < k:
-                warnings.warn(
-                    f"evaluate_paths: only {finite} of {len(leaves)} paths have a finite loss, fewer than k={k}; "
-                    f"top_k names others after them",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            top_k = ops.select_top_k(losses, k)
+        count = sum(self.sizes)
+        losses = (torch.stack([self._losses[leaf] for leaf in leaves]) / count).to(self._dtype)
+        accuracy = (torch.stack([self._correct[leaf] for leaf in leaves]).double() / count).to(self._dtype)
         image_losses = None
         if self._per_image:
             image_losses = torch.stack([torch.cat(self._image_losses[leaf]) for leaf in leaves])
-        assert self._macs is not None
-        per_layer = self._trie.nodes_per_layer()
-        plan = EvaluationPlan(
-            len(leaves), self._trie.num_layers, sum(per_layer), per_layer, self._traversal, *self._macs, self._split
+        return losses, accuracy, image_losses
+
+
+def _top_k(losses: Tensor, k: int | None) -> Tensor | None:
+    if k is None:
+        return None
+    finite = int(torch.isfinite(losses).sum())
+    if finite < k:
+        warnings.warn(
+            f"evaluate_paths: only {finite} of {len(losses)} paths have a finite loss, fewer than k={k}; "
+            f"top_k names others after them",
+            RuntimeWarning,
+            stacklevel=3,
         )
-        profile = self._profile.stages() if self._profiling else None
-        return PathEvaluation(losses, accuracy, top_k, image_losses, plan, self._statistics(micro_batch), profile)
-
-    def _statistics(self, micro_batch: int | None) -> str:
-        if self._bn == "recalibrated":
-            return "constants from the calibration images"
-        if self._bn == "running" and not self._interceptor.needs_batch:
-            return "running statistics"
-        sizes = sorted(set(self._image_counts))
-        span = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        why = "" if micro_batch is None else f" (micro_batch={micro_batch})"
-        text = f"batch statistics of {span} images at a time{why}"
-        return text if self._bn == "batch" else f"running statistics; where none are stored, {text}"
-
-    def _score(self, targets: Tensor, leaves: Sequence[int], logits: Tensor) -> None:
-        since = self._profile.now()
-        classes = logits.shape[-1]
-        if int(targets.max()) >= classes:
-            raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
-        _, image_losses, correct = ops.path_cross_entropy(logits, targets, self._label_smoothing)
-        self._result_dtype = image_losses.dtype
-        self._profile.add("loss", since, 0, image_losses.numel() * image_losses.element_size())
-        for position, leaf in enumerate(leaves):
-            losses = image_losses[position]
-            if self._per_image:
-                self._image_losses.setdefault(leaf, []).append(losses)
-            self._loss_sums[leaf] = self._loss_sums.get(leaf, 0) + losses.double().sum()
-            self._correct[leaf] = self._correct.get(leaf, 0) + correct[position]
-
-    def _choose_traversal(self, argument: str, images: Tensor, safe_point: Callable[[], None]) -> tuple[str, int, int]:
-        """(traversal, number of parts of the batch, bytes for gathering logits) within `max_memory`."""
-        budget, count = self._max_memory, len(images)
-        if budget is None:
-            return "depth-first", 1, _LOGITS_BYTES
-
-        def may_split() -> bool:
-            # Known once operations have run: with "running" one may have no statistics stored.
-            by_images = self._bn == "recalibrated" or (self._bn == "running" and not self._interceptor.needs_batch)
-            return argument == "images" and by_images
-
-        key = (images.shape[1:], images.dtype, count > 1)
-        if key not in self._estimates:
-            self._estimates[key] = estimate_memory(
-                self._chain,
-                self._trie,
-                self._interceptor,
-                images,
-                self._cast,
-                lambda of_one: may_split() and of_one.needed("depth-first", 2) > budget,
-                safe_point,
-            )
-        estimate = self._estimates[key]
-        for traversal in ("layer-by-layer", "depth-first"):
-            needed = estimate.needed(traversal, count)
-            if needed <= budget:
-                return traversal, 1, min(_LOGITS_BYTES, budget - needed)
-        fitting = estimate.images_within("depth-first", budget)
-        if may_split() and fitting > 0:
-            return "depth-first", math.ceil(count / fitting), 0
-        smallest = estimate.needed("depth-first", 1 if may_split() else count)
-        advice = ""
-        if argument == "calibration":
-            advice = "; fewer calibration images need less"
-        elif not may_split():
-            advice = "; fewer images, or micro_batch=, which changes the statistics, need less"
-        raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
-
-    def _cast(self, images: Tensor) -> Tensor:
-        dtype = self._dtype or images.dtype
-        if self._precision == "fp32" or (self._precision == "bf16" and dtype != torch.bfloat16):
-            dtype = torch.float32
-        return images.to(dtype)
-
-    @contextlib.contextmanager
-    def _running(self, images: Tensor) -> Iterator[tuple[Runner, Callable[[], None]]]:
-        if self._runner is None:
-            self._profile = Profile(self._profiling, images.device)
-            self._runner = Runner(self._chain, self._trie, self._modules, self._interceptor, self._profile)
-        with (
-            held_interrupts() as safe_point,
-            undisturbed(self._modules, images.device),
-            torch.no_grad(),
-            _autocast(images.device, self._precision),
-        ):
-            yield self._runner, safe_point
+    return ops.select_top_k(losses, k)
 
 
-class _LogitsGatherer:
-    """Gathers leaves' logits so that the loss kernel works on several paths at once, within `limit` bytes."""
-
-    def __init__(self, score: Callable[[Sequence[int], Tensor], None], limit: int) -> None:
-        self._score = score
-        self._limit = limit
-        self._leaves: list[int] = []
-        self._logits: list[Tensor] = []
-        self._versions: list[int] = []
-
-    def add(self, leaf: int, logits: Tensor) -> None:
-        self._leaves.append(leaf)
-        self._logits.append(logits)
-        self._versions.append(version_of(logits))
-        # Stacking holds them twice; with one more they shall not exceed the limit.
-        if 2 * (len(self._logits) + 1) * logits.nbytes > self._limit:
-            self.flush()
-
-    def flush(self) -> None:
-        if list(map(version_of, self._logits)) != self._versions:
-            raise RuntimeError(
-                "supernet.head: expected logits of its own, got some that were written to while they were still "
-                "needed; a head that keeps its output's memory has to register it as a buffer"
-            )
-        if self._leaves:
-            self._score(self._leaves, torch.stack(self._logits))
-        self._leaves, self._logits, self._versions = [], [], []
-
-
-def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:
-    """Which arguments of arithmetic on weights are cast, and to what; autocast does the rest for bf16."""
-    if precision == "fp32":
-        return torch.float32, frozenset({torch.bfloat16, torch.float16, torch.float64})
-    if precision == "bf16":
-        return torch.float32, frozenset({torch.float16, torch.float64})
-    return None, frozenset()
-
-
-def _autocast(device: torch.device, precision: str | None) -> contextlib.AbstractContextManager[Any]:
-    """The autocast state for `precision`.
-
-    Weights that autocast keeps as bfloat16 outlive the operation that cast them, so one kept without gradients would
-    be found by a training step in the same autocast region: nothing is kept.
-    """
-    active = torch.is_autocast_enabled(device.type)
-    if precision == "fp32":
-        return torch.autocast(device.type, enabled=False) if active else contextlib.nullcontext()
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-    if active:
-        dtype = torch.get_autocast_dtype(device.type)
-        return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-    return contextlib.nullcontext()
+def _statistics_in_words(bn: str, needs_batch: bool, sizes: Sequence[int], micro_batch: int | None) -> str:
+    if bn == "recalibrated":
+        return "constants from the calibration images"
+    if bn == "running" and not needs_batch:
+        return "running statistics"
+    distinct = sorted(set(sizes))
+    span = str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"
+    why = "" if micro_batch is None else f" (micro_batch={micro_batch})"
+    text = f"batch statistics of {span} images at a time{why}"
+    return text if bn == "batch" else f"running statistics; where none are stored, {text}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from greedynas_ext import _library
@@ -39,6 +40,7 @@ class EvaluationPlan:
         macs_saved: what running each path on its own would have added.
         batch_split: images of a batch were evaluated in this many parts for `max_memory` (never where statistics
             of the batch are used).
+        kernels: what computed: "fused, " and the instruction set, or "modules: " and why they ran.
     """
 
     num_paths: int
@@ -49,6 +51,7 @@ class EvaluationPlan:
     macs_computed: int
     macs_saved: int
     batch_split: int
+    kernels: str
 
     @property
     def shared_fraction(self) -> float:
@@ -73,6 +76,10 @@ class Trie:
     def steps(self, traversal: str) -> list[tuple[int, bool]]:
         """(node, whether its parent's output is read for the last time) in order of work."""
         return [(node, bool(frees)) for node, frees in self._plan.steps(self._traversals[traversal]).tolist()]
+
+    def step_array(self, traversal: str) -> np.ndarray[Any, Any]:
+        """The same as int32 [nodes, 2]."""
+        return self._plan.steps(self._traversals[traversal])
 
     def peak_bytes(self, traversal: str, output_bytes: Sequence[int]) -> int:
         """Most bytes of outputs alive at once, given those of the stem and of a node of each layer."""

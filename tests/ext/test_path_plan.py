@@ -162,5 +162,5 @@ def test_macs_computed_and_saved(paths: np.ndarray, data: st.DataObject) -> None
 
 
 def test_shared_fraction() -> None:
-    assert EvaluationPlan(1, 1, 1, (1,), "depth-first", 30, 10, 1).shared_fraction == 0.25
-    assert EvaluationPlan(1, 1, 1, (1,), "depth-first", 0, 0, 1).shared_fraction == 0.0
+    assert EvaluationPlan(1, 1, 1, (1,), "depth-first", 30, 10, 1, "").shared_fraction == 0.25
+    assert EvaluationPlan(1, 1, 1, (1,), "depth-first", 0, 0, 1, "").shared_fraction == 0.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import greedynas_ext.evaluate
+import greedynas_ext.module_engine
 from greedynas_ext import PathEvaluation, evaluate_paths
 
 POLICIES = ("batch", "running", "recalibrated")
@@ -62,14 +62,14 @@ def known_tensors(net: Any, *others: Tensor) -> list[Tensor]:
 def estimates() -> Iterator[list[Any]]:
     """The estimates made, without a change to them."""
     made: list[Any] = []
-    original = greedynas_ext.evaluate.estimate_memory
+    original = greedynas_ext.module_engine.estimate_memory
     with pytest.MonkeyPatch.context() as patch:
 
         def spy(*args: Any, **kwargs: Any) -> Any:
             made.append(original(*args, **kwargs))
             return made[-1]
 
-        patch.setattr(greedynas_ext.evaluate, "estimate_memory", spy)
+        patch.setattr(greedynas_ext.module_engine, "estimate_memory", spy)
         yield made
 
 

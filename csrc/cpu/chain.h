@@ -1,0 +1,102 @@
+// Evaluation of many paths of a supernet chain (stem, layers of alternative operations, head), driven over the
+// path plan: every node of the plan is one operation on its parent's output, every leaf ends in a head and a
+// loss.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "choice_block.h"
+#include "parallel.h"
+#include "path_plan.h"
+
+namespace greedynas::cpu {
+
+// Weights where they are: contiguous, float or double (Compute<T> of the evaluation).
+struct BatchNormSource {
+  const void *gamma = nullptr, *beta = nullptr;     // null: 1 and 0
+  const void *mean = nullptr, *variance = nullptr;  // of the running statistics; null where there are none
+  double eps = 0;
+};
+
+struct OperationSource {
+  int64_t kind = kIdentity;  // Kind; of the stem's convolution and the head kConvBn
+  int64_t in_channels = 0, hidden_channels = 0, out_channels = 0;
+  int64_t kernel = 1, stride = 1;
+  int64_t activation = kLinear;
+  int64_t se_channels = 0, se_gate = kHsigmoid;
+  int64_t residual = 0;
+  const void* expand = nullptr;     // [hidden, in]
+  const void* depthwise = nullptr;  // [hidden, kernel, kernel]
+  const void *se_reduce_weight = nullptr, *se_reduce_bias = nullptr;
+  const void *se_expand_weight = nullptr, *se_expand_bias = nullptr;
+  const void* project = nullptr;  // [out, hidden]; of kConvBn [out, in, kernel, kernel]
+  BatchNormSource batch_norms[kBatchNormStages];
+};
+
+struct ChainSource {
+  OperationSource stem;
+  std::vector<OperationSource> stem_blocks;
+  std::vector<OperationSource> operations;  // those in use
+  std::vector<PathNode> nodes;              // `op` indexes operations; parents before children
+  OperationSource head;
+  const void* classifier_weight = nullptr;  // [classes, head.out_channels]
+  const void* classifier_bias = nullptr;    // or null
+  int64_t classes = 0;
+};
+
+enum class Precision { kFloat64, kFloat32, kBFloat16 };
+
+enum class Statistics {
+  kBatch,
+  kCapture,   // as kBatch, and kept for kConstants
+  kRunning,   // stored with the weights
+  kConstants  // captured before
+};
+
+struct Batch {
+  const void* images;  // float, or double with kFloat64
+  int64_t count, height, width;
+  int64_t strides[4];            // of image, channel, row, column, in elements
+  const int64_t* targets;        // in [0, classes); null with kCapture
+  double label_smoothing;
+  void* image_losses;            // [leaves][count], of the images' type; leaves in the order of their nodes
+  int64_t* correct;              // [leaves]
+};
+
+struct StageTime {
+  double seconds;
+  int64_t calls;
+  int64_t bytes;  // of outputs
+};
+
+class ChainEvaluation {
+ public:
+  virtual ~ChainEvaluation() = default;
+
+  // Copies the weights into the kernels' order. Later changes of the weights need another call.
+  virtual void pack(const ParallelFor& parallel_for) = 0;
+
+  // Bytes of activations and everything beside them, weights excluded, for a batch of that size.
+  virtual int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,
+                               Statistics statistics) const = 0;
+
+  virtual void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) = 0;
+
+  // Works for about that long. Returns whether all is done.
+  virtual bool advance(double seconds, const ParallelFor& parallel_for) = 0;
+
+  // Of the stem, each layer, the head and the loss, since the evaluation was made.
+  virtual const std::vector<StageTime>& times() const = 0;
+
+  virtual const char* kernels() const = 0;
+  virtual int64_t packed_bytes() const = 0;
+};
+
+// Throws std::invalid_argument for GREEDYNAS_CPU_CAPABILITY (capability.h). kBFloat16 computes in float where
+// there are no bf16 products.
+std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision);
+
+}  // namespace greedynas::cpu

@@ -1,0 +1,5 @@
+#pragma once
+
+#define GREEDYNAS_PORTABLE 0
+#define GREEDYNAS_AVX2 1
+#define GREEDYNAS_AVX512 2

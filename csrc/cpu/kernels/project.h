@@ -1,0 +1,237 @@
+// project, strided and patches: pointwise convolutions whose inputs are first laid out, ready to be multiplied,
+// in a panel of kPanelPixels that stays in the cache: [group of input channels][pixel][channel of the group].
+
+template <typename T>
+struct Panel {
+  using C = Compute<T>;
+  T* values;
+
+  // Of an input channel group that begins at `channel`.
+  T* group(int64_t channel) const { return values + channel * kPanelPixels; }
+};
+
+template <typename T, int kVectors>
+struct MultiplyPanel {
+  using C = Compute<T>;
+  static constexpr int kLanesEach = kVectorLanes<C>;
+  static constexpr int kWidth = kVectors * kLanesEach;
+
+  const PointwiseOutput<T>& out;
+  const Panel<T>& panel;
+  int64_t depth_stride;  // padded depth of the panel
+  int64_t channel;
+  int64_t first_pixel;  // of the panel in the output
+  int64_t pixels;
+  C* sums;  // [pilot, sum, squares][padded(channels)] or null
+  bool sets_pilot;
+
+  void run() const {
+    for (int64_t p = 0; p < pixels; p += kTileRows) {
+      if (pixels - p >= kTileRows) {
+        tile<true>(p, kTileRows);
+      } else {
+        tile<false>(p, pixels - p);
+      }
+    }
+  }
+
+ private:
+  template <bool kFull>
+  INLINE void tile(int64_t p, int64_t rows) const {
+    Vec<C> acc[kTileRows][kVectors];
+    clear(acc);
+    const int64_t depth = packed_depth<T>(out.depth);
+    const T* weight = out.weight + channel * depth;
+    for (int64_t k = 0; k < depth; k += kGroupWidth<C>) {
+      const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - k);
+      multiply_rows<kTileRows, kVectors>(acc, panel.group(k) + p * width, width, std::min(width, depth - k),
+                                         weight + k * kWidth);
+    }
+    const int64_t stride = padded(out.channels);
+    T* output = out.output + (first_pixel + p) * stride + channel;
+    if (sums) {
+      store_raw<kFull>(acc, output, stride, p, rows);
+    } else {
+      GREEDYNAS_WITH_ACTIVATION(out.activation, (store_mapped<kFull, kActivation>(acc, output, stride, p, rows)))
+    }
+  }
+
+  template <bool kFull>
+  INLINE void store_raw(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p, int64_t rows) const {
+    C* part = sums + channel;
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<C> pilot = load<C>(part + v * kLanesEach);
+      if (sets_pilot && p == 0) store<C>(part + v * kLanesEach, pilot = acc[0][v]);
+      Vec<C> sum = load<C>(part + stride + v * kLanesEach), squares = load<C>(part + 2 * stride + v * kLanesEach);
+      UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        if (!kFull && r >= rows) break;
+        store_values<T>(output + r * stride + v * kLanesEach, acc[r][v]);
+        const Vec<C> distance = acc[r][v] - pilot;
+        sum += distance;
+        squares += distance * distance;
+      }
+      store<C>(part + stride + v * kLanesEach, sum);
+      store<C>(part + 2 * stride + v * kLanesEach, squares);
+    }
+  }
+
+  template <bool kFull, Activation kActivation>
+  INLINE void store_mapped(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p, int64_t rows) const {
+    const T* residual = out.residual ? out.residual + (first_pixel + p) * stride + channel : nullptr;
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<C> scale = load<C>(out.scale + channel + v * kLanesEach);
+      const Vec<C> shift = load<C>(out.shift + channel + v * kLanesEach);
+      UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        if (!kFull && r >= rows) break;
+        Vec<C> x = activate<kActivation, C>(acc[r][v] * scale + shift);
+        if (residual) x += load_values<T>(residual + r * stride + v * kLanesEach);
+        store_values<T>(output + r * stride + v * kLanesEach, x);
+      }
+    }
+  }
+};
+
+// Works through blocks of pixels: `fill(panel, first pixel, pixels)` lays out the input, pixels counted from
+// `first_pixel` of the output.
+template <typename T, typename Fill>
+INLINE void pointwise_blocks(const PointwiseOutput<T>& out, int64_t first_pixel, int64_t total_pixels,
+                             int64_t first_block, int64_t last_block, int64_t first_unit, const Fill& fill) {
+  using C = Compute<T>;
+  const int64_t stride = padded(out.channels), depth_stride = padded(out.depth);
+  thread_local Scratch<T> panel_memory;
+  thread_local Scratch<C> sums_memory;
+  const Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>) * kPanelPixels)};
+  C* sums = out.partials ? sums_memory.get(3 * stride) : nullptr;
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t begin = block * kBlockPixels, end = std::min(begin + kBlockPixels, total_pixels);
+    if (sums) std::fill_n(sums, 3 * stride, C(0));
+    for (int64_t pixel = begin; pixel < end; pixel += kPanelPixels) {
+      const int64_t pixels = std::min(kPanelPixels, end - pixel);
+      fill(panel, pixel, pixels);
+      for (int64_t channel = 0; channel < stride; channel += kGroupWidth<C>) {
+        if (kHasNarrowGroup<C> && stride - channel < kGroupWidth<C>) {
+          MultiplyPanel<T, 1>{out, panel, depth_stride, channel, first_pixel + pixel, pixels, sums, pixel == begin}
+              .run();
+        } else {
+          MultiplyPanel<T, 2>{out, panel, depth_stride, channel, first_pixel + pixel, pixels, sums, pixel == begin}
+              .run();
+        }
+      }
+    }
+    if (!sums) continue;
+    double* partial = out.partials + (first_unit + block) * 3 * stride;
+    for (int64_t c = 0; c < 3 * stride; ++c) partial[c] = static_cast<double>(sums[c]);
+  }
+}
+
+template <typename T, int kVectors, Activation kActivation>
+INLINE void normalise_pixels(const ProjectInput<T>& in, const T* source, int64_t channel, int64_t pixels,
+                             const Compute<T>* gates, int64_t first_pixel, int64_t hidden, T* out) {
+  using C = Compute<T>;
+  constexpr int kLanesEach = kVectorLanes<C>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<C> scale = load<C>(in.scale + channel + v * kLanesEach);
+    const Vec<C> shift = load<C>(in.shift + channel + v * kLanesEach);
+    if (!gates) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        const Vec<C> x = load_values<T>(source + p * kWidth + v * kLanesEach);
+        store_values<T>(out + p * kWidth + v * kLanesEach, activate<kActivation, C>(x * scale + shift));
+      }
+      continue;
+    }
+    int64_t image = first_pixel / in.image_pixels, left = in.image_pixels - first_pixel % in.image_pixels;
+    for (int64_t p = 0; p < pixels;) {
+      const Vec<C> gate = load<C>(gates + image * hidden + channel + v * kLanesEach);
+      const int64_t stop = std::min(pixels, p + left);
+      for (; p < stop; ++p) {
+        const Vec<C> x = load_values<T>(source + p * kWidth + v * kLanesEach);
+        store_values<T>(out + p * kWidth + v * kLanesEach, activate<kActivation, C>(x * scale + shift) * gate);
+      }
+      ++image;
+      left = in.image_pixels;
+    }
+  }
+}
+
+template <typename T>
+void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t slab, int64_t first_block,
+             int64_t last_block) {
+  using C = Compute<T>;
+  const int64_t hidden = padded(out.depth);
+  const int64_t first_image = slab * in.slab_images;
+  const int64_t slab_pixels = std::min(in.slab_images, in.images - first_image) * in.image_pixels;
+  const int64_t blocks_per_slab = ceil_div(in.slab_images * in.image_pixels, kBlockPixels);
+  const T* source = in.depthwise + (slab - in.first_slab) * in.slab_images * in.image_pixels * hidden;
+  const C* gates = in.gates ? in.gates + first_image * hidden : nullptr;
+  const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
+    for (int64_t channel = 0; channel < hidden; channel += kGroupWidth<C>) {
+      const int64_t width = std::min<int64_t>(kGroupWidth<C>, hidden - channel);
+      const T* group = source + channel * slab_pixels + pixel * width;
+      T* target = panel.group(channel);
+      if (kHasNarrowGroup<C> && width < kGroupWidth<C>) {
+        GREEDYNAS_WITH_ACTIVATION(in.activation, (normalise_pixels<T, 1, kActivation>(in, group, channel, pixels, gates,
+                                                                                      pixel, hidden, target)))
+      } else {
+        GREEDYNAS_WITH_ACTIVATION(in.activation, (normalise_pixels<T, 2, kActivation>(in, group, channel, pixels, gates,
+                                                                                      pixel, hidden, target)))
+      }
+    }
+  };
+  pointwise_blocks<T>(out, first_image * in.image_pixels, slab_pixels, first_block, last_block, slab * blocks_per_slab,
+                      fill);
+}
+
+template <typename T>
+void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block, int64_t last_block) {
+  using C = Compute<T>;
+  const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
+  const int64_t stride = padded(in.channels);
+  const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t x = (pixel + p) % out_width, row = (pixel + p) / out_width;
+      const int64_t image = row / out_height, y = row % out_height;
+      const T* source = in.input + ((image * in.height + y * in.stride) * in.width + x * in.stride) * stride;
+      for (int64_t channel = 0; channel < stride; channel += kGroupWidth<C>) {
+        const int64_t width = std::min<int64_t>(kGroupWidth<C>, stride - channel);
+        std::copy_n(source + channel, width, panel.group(channel) + p * width);
+      }
+    }
+  };
+  pointwise_blocks<T>(out, 0, in.images * out_height * out_width, first_block, last_block, 0, fill);
+}
+
+template <typename T>
+void patches(const PatchInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block, int64_t last_block) {
+  using C = Compute<T>;
+  const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
+  const int64_t depth_stride = padded(out.depth), padding = in.kernel / 2;
+  const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
+    std::fill_n(panel.values, depth_stride * kPanelPixels, T{});
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t x = (pixel + p) % out_width, row = (pixel + p) / out_width;
+      const int64_t image = row / out_height, y = row % out_height;
+      const C* source = in.input + image * in.strides[0];
+      int64_t k = 0;
+      for (int64_t channel = 0; channel < in.channels; ++channel) {
+        for (int64_t i = 0; i < in.kernel; ++i) {
+          const int64_t in_y = y * in.stride - padding + i;
+          for (int64_t j = 0; j < in.kernel; ++j, ++k) {
+            const int64_t in_x = x * in.stride - padding + j;
+            if (in_y < 0 || in_y >= in.height || in_x < 0 || in_x >= in.width) continue;
+            const int64_t group = k / kGroupWidth<C> * kGroupWidth<C>;
+            const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - group);
+            panel.group(group)[p * width + k - group] = from_compute<T>(
+                source[channel * in.strides[1] + in_y * in.strides[2] + in_x * in.strides[3]]);
+          }
+        }
+      }
+    }
+  };
+  pointwise_blocks<T>(out, 0, in.images * out_height * out_width, first_block, last_block, 0, fill);
+}

@@ -1,0 +1,49 @@
+import enum
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+class Statistics(enum.Enum):
+    BATCH = ...
+    CAPTURE = ...
+    RUNNING = ...
+    CONSTANTS = ...
+
+class ChainEvaluation:
+    kernels: str
+    packed_bytes: int
+    times: list[tuple[float, int, int]]
+    def __init__(
+        self,
+        rows: npt.NDArray[np.int64],
+        eps: npt.NDArray[np.float64],
+        stem_blocks: int,
+        nodes: npt.NDArray[np.int32],
+        classifier_weight: int,
+        classifier_bias: int,
+        classes: int,
+        precision: str,
+    ) -> None: ...
+    def pack(self) -> None: ...
+    def needed_bytes(
+        self, steps: npt.NDArray[np.int32], count: int, height: int, width: int, statistics: Statistics
+    ) -> int: ...
+    def start(
+        self,
+        steps: npt.NDArray[np.int32],
+        images: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        targets: int,
+        label_smoothing: float,
+        image_losses: int,
+        correct: int,
+        statistics: Statistics,
+    ) -> None: ...
+    def advance(self, seconds: float) -> bool: ...
+
+def machine_capability() -> str: ...
+def used_capability() -> str: ...
+def capability_reason() -> str: ...
+def bf16_available() -> bool: ...
