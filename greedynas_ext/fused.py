@@ -398,7 +398,7 @@ def _bottleneck_macs(block: InvertedBottleneckWeights, into: tuple[int, int]) ->
 
 
 def fused_precision(dtype: torch.dtype | None, precision: str | None) -> str:
-    """ "fp64", "fp32" or "bf16": in what the fused engine computes a supernet of `dtype`, or, as a sentence, why it does not."""
+    """In what the fused engine computes a supernet of `dtype`: "fp64", "fp32", "bf16", or why it does not."""
     if precision == "fp32":
         return "fp32"
     if precision == "bf16":

@@ -73,6 +73,9 @@ struct ExpandDepthwise {
   T* output;         // of slab `first_slab`
   int64_t first_slab;
   double* partials;  // units: slabs; or null
+  // Whether the output is stored past the cache, for one that does not fit into it. It is on a cache line's
+  // boundary.
+  bool streams;
 };
 
 // What becomes of a pointwise convolution's sums: stored as they are with their statistics (partials, units:

@@ -1,4 +1,4 @@
-// Uninitialised working memory of a kernel call, on a cache line's boundary.
+// Uninitialised working memory, on a cache line's boundary; in huge pages where it is large.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,10 @@
 #include <limits>
 #include <memory>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace greedynas::cpu {
 
@@ -19,10 +23,15 @@ using Buffer = std::unique_ptr<T[], Free>;
 
 template <typename T>
 Buffer<T> make_buffer(int64_t size) {
-  constexpr std::size_t kLine = 64;
-  const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(T) + kLine - 1) / kLine * kLine;
-  auto* memory = static_cast<T*>(std::aligned_alloc(kLine, std::max(bytes, kLine)));
+  const std::size_t wanted = static_cast<std::size_t>(size) * sizeof(T);
+  constexpr std::size_t kHugePage = 2 << 20;
+  const std::size_t alignment = wanted >= 2 * kHugePage ? kHugePage : 64;
+  const std::size_t bytes = (wanted + alignment - 1) / alignment * alignment;
+  auto* memory = static_cast<T*>(std::aligned_alloc(alignment, std::max(bytes, alignment)));
   if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)  // fewer page faults and misses of the address cache; where it is not to be had, no harm
+  if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
 #ifdef GREEDYNAS_POISON  // sanitizer builds: what is read before it was written shows up as NaN in the result
   std::fill_n(memory, size, std::numeric_limits<T>::quiet_NaN());
 #endif

@@ -45,6 +45,7 @@ struct Map {
   MapMoments<Compute<T>> moments{};  // null where nobody asks for them
 };
 
+constexpr int64_t kStreamedBytes = 16 << 20;  // maps of this size leave the cache before they are read again
 constexpr int64_t kMostSegments = 8;  // of a map, whose products `finish` sums up separately
 
 template <typename T>
@@ -446,7 +447,8 @@ class Evaluation final : public ChainEvaluation {
             cut.images,
             at<T>(layout_.depthwise),
             0,
-            nullptr};
+            nullptr,
+            false};
   }
 
   Linear<C> linear(const C* in, int64_t rows, int64_t in_stride, int64_t depth_of, const C* weight, const C* bias,
@@ -499,6 +501,7 @@ class Evaluation final : public ChainEvaluation {
     }
     ExpandDepthwise<T> e = expand_depthwise(op, in, pending, pending_activation, cut);
     e.partials = at<double>(layout_.partials);
+    e.streams = batch_.count * image_pixels * hidden * int64_t{sizeof(T)} >= kStreamedBytes;
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
     const int64_t depthwise_work = cut.images * image_pixels * o.kernel * o.kernel;

@@ -69,20 +69,29 @@ int64_t packed_pointwise_size(int64_t out, int64_t in, int64_t depth_multiple) {
   return padded(out) * ceil_div(in, depth_multiple) * depth_multiple;
 }
 
-// [out, in] -> [group][in][channel of the group], of depth_multiple neighbouring inputs side by side.
+// [out, in] -> [group][in][channel of the group], of depth_multiple neighbouring inputs side by side. A few
+// inputs of all channels of a group at a time: what is written stays in the nearest cache.
 template <typename T>
 void pack_pointwise(const Compute<T>* weight, int64_t out, int64_t in, int64_t group_width,
                     int64_t depth_multiple, T* packed) {
+  constexpr int64_t kInputs = 16;
   const int64_t depth = ceil_div(in, depth_multiple) * depth_multiple;
   for (int64_t channel = 0; channel < padded(out); channel += group_width) {
     const int64_t width = std::min(group_width, padded(out) - channel);
+    const int64_t real = std::min(width, out - channel);
     T* group = packed + channel * depth;
-    for (int64_t c = 0; c < width; ++c) {
-      const bool real = channel + c < out;
-      const Compute<T>* row = weight + (channel + c) * in;
-      for (int64_t k = 0; k < depth; ++k) {
-        T* target = group + k / depth_multiple * depth_multiple * width + c * depth_multiple + k % depth_multiple;
-        *target = real && k < in ? round_to(row[k], static_cast<T*>(nullptr)) : T{};
+    if (real < width || in < depth) std::fill_n(group, width * depth, T{});
+    for (int64_t first = 0; first < in; first += kInputs) {
+      const int64_t last = std::min(first + kInputs, in);
+      for (int64_t c = 0; c < real; ++c) {
+        const Compute<T>* row = weight + (channel + c) * in;
+        if (depth_multiple == 1) {
+          for (int64_t k = first; k < last; ++k) group[k * width + c] = round_to(row[k], static_cast<T*>(nullptr));
+        } else {
+          for (int64_t k = first; k < last; ++k) {
+            group[(k - k % 2) * width + 2 * c + k % 2] = round_to(row[k], static_cast<T*>(nullptr));
+          }
+        }
       }
     }
   }

@@ -86,7 +86,34 @@ struct DepthwiseRow {
   int64_t columns;
   C* sums;  // [pilot, sum, squares][channels of the group], or null
   bool sets_pilot;
+  bool streams;  // past the cache
+  T* half_lines;  // [columns][lanes of a vector], where streams and a vector is half a cache line
 };
+
+// Stores past the cache, in whole cache lines: a vector of C, or, of BFloat16, this vector and the one before.
+template <typename T, int kVectors>
+INLINE void stream_column(const DepthwiseRow<T>& d, int v, int64_t column, Vec<Compute<T>> value) {
+  constexpr int kLanesEach = kVectorLanes<Compute<T>>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  T* out = d.output + column * kWidth;
+#if GREEDYNAS_LEVEL >= GREEDYNAS_AVX512
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + v * kLanesEach), (__m512i)value);
+    return;
+  }
+#endif
+#if GREEDYNAS_BF16
+  if constexpr (sizeof(T) == 2 && kVectors == 2) {
+    T* half = d.half_lines + column * kLanesEach;
+    if (v == 0) return store_values<T>(half, value);
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(low), (__m256i)_mm512_cvtneps_pbh((__m512)value), 1);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
+    return;
+  }
+#endif
+  store_values<T>(out + v * kLanesEach, value);
+}
 
 template <typename T, int kKernel, int kStride, int kColumns, int kVectors>
 void depthwise_row(const DepthwiseRow<T>& d) {
@@ -125,7 +152,11 @@ void depthwise_row(const DepthwiseRow<T>& d) {
       UNROLL
       for (int c = 0; c < kColumns; ++c) {
         if (column + c >= d.columns) break;
-        store_values<T>(output + c * kWidth, out[c]);
+        if (d.streams) {
+          stream_column<T, kVectors>(d, v, column + c, out[c]);
+        } else {
+          store_values<T>(output + c * kWidth, out[c]);
+        }
         const Vec<C> distance = out[c] - pilot;
         sum += distance;
         squares += distance * distance;
@@ -194,6 +225,8 @@ class ExpandDepthwiseRun {
     ring_.ring_pixels = ring_.ring_rows * a_.width;
     thread_local Scratch<C> rows;
     thread_local Scratch<int32_t> offsets;
+    thread_local Scratch<T> half_lines;
+    half_lines_ = half_lines.get(out_width_ * kVectorLanes<C>);
     ring_.rows = rows.get(ring_.ring_rows * ring_.row_width * kGroupWidth<C>);
     ring_.offsets = offsets.get(ring_.ring_pixels + kTileRows);
     for (int64_t p = 0; p < ring_.ring_pixels + kTileRows; ++p) {
@@ -214,6 +247,9 @@ class ExpandDepthwiseRun {
       }
       one_group(unit / groups, group * kGroupWidth<C>, width);
     }
+#if GREEDYNAS_LEVEL >= GREEDYNAS_AVX512
+    if (a_.streams) _mm_sfence();
+#endif
   }
 
  private:
@@ -242,6 +278,8 @@ class ExpandDepthwiseRun {
     row.weight = a_.depthwise + channel * a_.kernel * a_.kernel;
     row.columns = out_width_;
     row.sums = a_.partials ? sums : nullptr;
+    row.streams = a_.streams;
+    row.half_lines = half_lines_;
     // A slab of the output: the groups before this one are full.
     T* output = a_.output + (first_image - a_.first_slab * a_.slab_images) * out_pixels * hidden_ +
                 channel * images * out_pixels;
@@ -301,6 +339,7 @@ class ExpandDepthwiseRun {
   void (*narrow_)(const FillRing<T>&) = nullptr;
   RowKernel<T> wide_row_, narrow_row_{};
   Ring<T> ring_{};
+  T* half_lines_;
 };
 
 template <typename T>

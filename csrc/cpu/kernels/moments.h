@@ -70,9 +70,9 @@ void finish(const FinishMap<T>& f, int64_t first_unit, int64_t last_unit, double
       for (int lane = 0; lane < kLanesEach; ++lane) sums[c + lane] += static_cast<double>(sum[lane]);
     }
     for (int64_t i = 0; i < stride; i += kGramRows) {
-      // Blocks of columns from the one that holds i on.
-      for (int64_t j = i / kGroupWidth<C> * kGroupWidth<C>; j < stride; j += kGroupWidth<C>) {
-        if (kHasNarrowGroup<C> && stride - j < kGroupWidth<C>) {
+      // Columns from the vector that holds i on.
+      for (int64_t j = i / kLanesEach * kLanesEach; j < stride; j += 2 * kLanesEach) {
+        if (stride - j < 2 * kLanesEach) {
           gram_tile<1, C>(centred, stride, count, i, j, gram);
         } else {
           gram_tile<2, C>(centred, stride, count, i, j, gram);

@@ -3,8 +3,11 @@
 
 template <typename T>
 struct Panel {
-  using C = Compute<T>;
   T* values;
+  // Where the next panel comes from, laid out likewise with this many pixels for each group; or null. It is
+  // fetched while this one is multiplied.
+  const T* next = nullptr;
+  int64_t next_pixels = 0;
 
   // Of an input channel group that begins at `channel`.
   T* group(int64_t channel) const { return values + channel * kPanelPixels; }
@@ -44,6 +47,12 @@ struct MultiplyPanel {
     const T* weight = out.weight + channel * depth;
     for (int64_t k = 0; k < depth; k += kGroupWidth<C>) {
       const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - k);
+      if (panel.next && channel == 0) {
+        const char* next = reinterpret_cast<const char*>(panel.next + k * panel.next_pixels + p * width);
+        for (int64_t line = 0; line < kTileRows * width * int64_t{sizeof(T)}; line += 64) {
+          __builtin_prefetch(next + line, 0, 2);
+        }
+      }
       multiply_rows<kTileRows, kVectors>(acc, panel.group(k) + p * width, width, std::min(width, depth - k),
                                          weight + k * kWidth);
     }
@@ -104,7 +113,7 @@ INLINE void pointwise_blocks(const PointwiseOutput<T>& out, int64_t first_pixel,
   const int64_t stride = padded(out.channels), depth_stride = padded(out.depth);
   thread_local Scratch<T> panel_memory;
   thread_local Scratch<C> sums_memory;
-  const Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>) * kPanelPixels)};
+  Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>) * kPanelPixels)};
   C* sums = out.partials ? sums_memory.get(3 * stride) : nullptr;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = block * kBlockPixels, end = std::min(begin + kBlockPixels, total_pixels);
@@ -169,7 +178,10 @@ void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t s
   const int64_t blocks_per_slab = ceil_div(in.slab_images * in.image_pixels, kBlockPixels);
   const T* source = in.depthwise + (slab - in.first_slab) * in.slab_images * in.image_pixels * hidden;
   const C* gates = in.gates ? in.gates + first_image * hidden : nullptr;
-  const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
+  const auto fill = [&](Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
+    // (Of the narrow group, if there is one, the rows lie closer; its next ones are missed by a little.)
+    panel.next = source + (pixel + kPanelPixels) * kGroupWidth<C>;
+    panel.next_pixels = slab_pixels;
     for (int64_t channel = 0; channel < hidden; channel += kGroupWidth<C>) {
       const int64_t width = std::min<int64_t>(kGroupWidth<C>, hidden - channel);
       const T* group = source + channel * slab_pixels + pixel * width;
