@@ -5,8 +5,8 @@
 
 #include "arena.h"
 #include "block_kernels.h"
-#include "buffer.h"
 #include "capability.h"
+#include "memory_cache.h"
 #include "path_cross_entropy.h"
 #include "statistics.h"
 #include "weights.h"
@@ -100,11 +100,8 @@ class Evaluation final : public ChainEvaluation {
     }
     const int64_t classifier = arena.allocate(padded(s_.classes) * s_.head.out_channels * int64_t{sizeof(C)});
     const int64_t classifier_bias = arena.allocate(padded(s_.classes) * int64_t{sizeof(C)});
-    if (arena.size() > packed_bytes_) {
-      packed_memory_ = make_buffer<char>(arena.size());
-      packed_bytes_ = arena.size();
-    }
-    char* memory = packed_memory_.get();
+    packed_bytes_ = arena.size();
+    char* memory = packed_memory_.at_least(packed_bytes_);
     parallel_for(static_cast<int64_t>(sources.size()) + 1, 1 << 20, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (i == static_cast<int64_t>(sources.size())) {
@@ -136,11 +133,7 @@ class Evaluation final : public ChainEvaluation {
     batch_ = batch;
     statistics_ = statistics;
     layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics);
-    if (layout_.bytes > memory_bytes_) {
-      memory_.reset();
-      memory_ = make_buffer<char>(layout_.bytes);
-      memory_bytes_ = layout_.bytes;
-    }
+    memory_.at_least(layout_.bytes);
     next_step_ = -1;
   }
 
@@ -734,7 +727,7 @@ class Evaluation final : public ChainEvaluation {
   int64_t num_layers_;
   std::vector<int64_t> leaf_of_node_;  // or -1
   std::vector<char> needs_moments_;    // [node + 1], 0: the stem's output
-  Buffer<char> packed_memory_;
+  CachedMemory packed_memory_;
   int64_t packed_bytes_ = 0;
   PackedOperation<T> stem_, head_;
   std::vector<PackedOperation<T>> stem_blocks_, operations_;
@@ -746,8 +739,7 @@ class Evaluation final : public ChainEvaluation {
   Batch batch_{};
   Statistics statistics_ = Statistics::kBatch;
   Layout layout_;
-  Buffer<char> memory_;
-  int64_t memory_bytes_ = 0;
+  CachedMemory memory_;
   int64_t next_step_ = -1;
   const ParallelFor* parallel_for_ = nullptr;
 };

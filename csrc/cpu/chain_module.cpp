@@ -10,6 +10,7 @@
 
 #include "capability.h"
 #include "chain.h"
+#include "memory_cache.h"
 
 namespace py = pybind11;
 using namespace greedynas;
@@ -137,6 +138,9 @@ PYBIND11_MODULE(_chain, module, py::mod_gil_not_used()) {
   module.def("used_capability", [] { return capability_name(used_capability()); });
   module.def("capability_reason", &capability_reason);
   module.def("bf16_available", &bf16_available);
+  module.def(
+      "release_memory", [] { return MemoryCache::instance().release(); },
+      "Frees working memory that is kept between evaluations; how many bytes.");
   py::class_<ChainEvaluation>(module, "ChainEvaluation")
       .def(py::init(&make_evaluation), py::arg("rows").noconvert(), py::arg("eps").noconvert(),
            py::arg("stem_blocks"), py::arg("nodes").noconvert(), py::arg("classifier_weight"),

@@ -88,8 +88,10 @@ void pack_pointwise(const Compute<T>* weight, int64_t out, int64_t in, int64_t g
         if (depth_multiple == 1) {
           for (int64_t k = first; k < last; ++k) group[k * width + c] = round_to(row[k], static_cast<T*>(nullptr));
         } else {
-          for (int64_t k = first; k < last; ++k) {
-            group[(k - k % 2) * width + 2 * c + k % 2] = round_to(row[k], static_cast<T*>(nullptr));
+          for (int64_t k = first; k < last; k += 2) {
+            T* pair = group + k * width + 2 * c;
+            pair[0] = round_to(row[k], static_cast<T*>(nullptr));
+            if (k + 1 < last) pair[1] = round_to(row[k + 1], static_cast<T*>(nullptr));
           }
         }
       }
