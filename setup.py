@@ -1,6 +1,7 @@
 """Builds the two native parts of greedynas_ext; what they are made of is in pyproject.toml's neighbour, csrc/.
 
-`greedynas_ext._ops`: the operations, registered with torch through its stable ABI.
+`greedynas_ext._ops`: the operations, registered with torch through its stable ABI, and the evaluation of chains, which
+is no operation on tensors and bound with pybind11.
 `greedynas_ext._plan`: the path plan, bound with pybind11.
 
 FORCE_CUDA=1 builds the CUDA part without a GPU at hand (and fails without nvcc), FORCE_CUDA=0 never builds it.
@@ -95,22 +96,12 @@ def main() -> None:
         return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
     headers = sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/kernels/*.h")
-    # The kernels of whole chains, whose driver Python calls directly: it is no operation on tensors.
-    chain_sources = sources("csrc/cpu/c*.cpp", "csrc/cpu/kernels_*.cpp")
-    chain = CppExtension(
-        "greedynas_ext._chain",
-        [*chain_sources, "csrc/cpu/path_cross_entropy.cpp"],
+    ops = CppExtension(
+        "greedynas_ext._ops",
+        sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=headers,
         extra_compile_args={"cxx": [*flags, *system_headers, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},
-    )
-    ops = CppExtension(
-        "greedynas_ext._ops",
-        sorted(set(sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp")) - set(chain_sources)),
-        include_dirs=[str(ROOT / "csrc")],
-        depends=headers,
-        extra_compile_args={"cxx": [*flags, *system_headers, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},
-        py_limited_api=True,
     )
     plan = Extension(
         "greedynas_ext._plan",
@@ -130,7 +121,7 @@ def main() -> None:
             folder = ROOT / "greedynas_ext" if self.inplace else Path(self.build_lib) / "greedynas_ext"
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    setup(ext_modules=[ops, chain, plan], cmdclass={"build_ext": Build})
+    setup(ext_modules=[ops, plan], cmdclass={"build_ext": Build})
 
 
 if __name__ == "__main__":

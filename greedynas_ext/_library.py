@@ -49,17 +49,9 @@ def require_plan() -> ModuleType:
 
 
 def require_chain() -> ModuleType:
-    """The module `greedynas_ext._chain`, likewise."""
-    return _require("_chain")
-
-
-def chain_available() -> bool:
-    """Whether the module `greedynas_ext._chain` is there."""
-    try:
-        require_chain()
-    except ImportError:
-        return False
-    return True
+    """The module `greedynas_ext._ops`, which evaluates chains beside holding the operations."""
+    require_ops()
+    return _require("_ops")
 
 
 def _require(name: str) -> ModuleType:

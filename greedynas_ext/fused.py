@@ -422,7 +422,7 @@ def refused(modules: Sequence[nn.Module], images: object, precision: str) -> str
         return "a torch mode is active, which wants to see what the modules do"
     if isinstance(images, Tensor) and images.device.type != "cpu":
         return f"images on {images.device}"
-    if not _library.chain_available():
-        return "greedynas_ext._chain could not be loaded"
+    if not _library.ops_available():
+        return "greedynas_ext._ops could not be loaded"
     devices = {parameter.device.type for module in modules for parameter in module.parameters()} - {"cpu"}
     return f"parameters on {', '.join(sorted(devices))}" if devices else None

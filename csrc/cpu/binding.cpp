@@ -101,6 +101,7 @@ void run_mixed_op(const ChoiceBlock& block, const Tensor& inputs, const Tensor& 
                              op_index.size(0),
                              weights.const_data_ptr<T>(),
                              block.operations.data(),
+                             static_cast<int64_t>(block.operations.size()),
                              block.bn_eps.data(),
                              statistics ? statistics->const_data_ptr<T>() : nullptr,
                              block.statistics_width,

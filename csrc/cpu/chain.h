@@ -8,33 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "choice_block.h"
+#include "operation_source.h"
 #include "parallel.h"
 #include "path_plan.h"
 
 namespace greedynas::cpu {
-
-// Weights where they are: contiguous, float or double (Compute<T> of the evaluation).
-struct BatchNormSource {
-  const void *gamma = nullptr, *beta = nullptr;     // null: 1 and 0
-  const void *mean = nullptr, *variance = nullptr;  // of the running statistics; null where there are none
-  double eps = 0;
-};
-
-struct OperationSource {
-  int64_t kind = kIdentity;  // Kind; of the stem's convolution and the head kConvBn
-  int64_t in_channels = 0, hidden_channels = 0, out_channels = 0;
-  int64_t kernel = 1, stride = 1;
-  int64_t activation = kLinear;
-  int64_t se_channels = 0, se_gate = kHsigmoid;
-  int64_t residual = 0;
-  const void* expand = nullptr;     // [hidden, in]
-  const void* depthwise = nullptr;  // [hidden, kernel, kernel]
-  const void *se_reduce_weight = nullptr, *se_reduce_bias = nullptr;
-  const void *se_expand_weight = nullptr, *se_expand_bias = nullptr;
-  const void* project = nullptr;  // [out, hidden]; of kConvBn [out, in, kernel, kernel]
-  BatchNormSource batch_norms[kBatchNormStages];
-};
 
 struct ChainSource {
   OperationSource stem;

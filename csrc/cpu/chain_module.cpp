@@ -1,4 +1,4 @@
-// greedynas_ext._chain: evaluation of chains for Python. Addresses come from tensors that the caller keeps alive.
+// greedynas_ext._ops as a Python module: evaluation of chains. Addresses come from tensors that the caller keeps alive.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -127,7 +127,7 @@ std::vector<PathStep> steps_from(const Steps& steps) {
 
 }  // namespace
 
-PYBIND11_MODULE(_chain, module, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
   module.doc() = "Evaluation of supernet chains by fused CPU kernels.";
   py::enum_<Statistics>(module, "Statistics")
       .value("BATCH", Statistics::kBatch)

@@ -17,7 +17,8 @@ struct MixedOp {
   const int64_t* op_index;     // [nodes]
   int64_t nodes;
   const T* weights;
-  const ChoiceOperation* operations;
+  const ChoiceOperation* operations;  // [operations_count]
+  int64_t operations_count;
   const std::array<double, kBatchNormStages>* bn_eps;  // one per operation
   const T* statistics;  // [nodes, statistics_width], or null: those of the batch
   int64_t statistics_width;

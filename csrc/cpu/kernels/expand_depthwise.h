@@ -79,7 +79,7 @@ auto choose_fill(bool expands, int64_t activation) {
 template <typename T>
 struct DepthwiseRow {
   using C = Compute<T>;
-  const C* rows[7];  // of the ring, those of the kernel's rows that lie inside the image
+  const C* const* rows;  // of the ring, those of the kernel's rows that lie inside the image
   int64_t first_row, last_row;
   const C* weight;  // [kernel * kernel][channels of the group]
   T* output;        // [columns][channels of the group]
@@ -88,6 +88,19 @@ struct DepthwiseRow {
   bool sets_pilot;
   bool streams;  // past the cache
   T* half_lines;  // [columns][lanes of a vector], where streams and a vector is half a cache line
+  int64_t kernel, stride;
+};
+
+// The statistics of a row's outputs, a vector of channels at a time.
+template <typename C>
+struct RowSums {
+  Vec<C> pilot, sum, squares;
+
+  INLINE void add(Vec<C> value) {
+    const Vec<C> distance = value - pilot;
+    sum += distance;
+    squares += distance * distance;
+  }
 };
 
 // Stores past the cache, in whole cache lines: a vector of C, or, of BFloat16, this vector and the one before.
@@ -115,18 +128,55 @@ INLINE void stream_column(const DepthwiseRow<T>& d, int v, int64_t column, Vec<C
   store_values<T>(out + v * kLanesEach, value);
 }
 
+template <typename T, int kVectors>
+INLINE RowSums<Compute<T>> load_sums(const DepthwiseRow<T>& d, int v) {
+  using C = Compute<T>;
+  constexpr int kLanesEach = kVectorLanes<C>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  if (!d.sums) return {Vec<C>{}, Vec<C>{}, Vec<C>{}};
+  const C* sums = d.sums + v * kLanesEach;
+  return {load<C>(sums), load<C>(sums + kWidth), load<C>(sums + 2 * kWidth)};
+}
+
+template <typename T, int kVectors>
+INLINE void store_sums(const DepthwiseRow<T>& d, int v, const RowSums<Compute<T>>& values) {
+  using C = Compute<T>;
+  constexpr int kLanesEach = kVectorLanes<C>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  if (!d.sums) return;
+  C* sums = d.sums + v * kLanesEach;
+  store<C>(sums, values.pilot);
+  store<C>(sums + kWidth, values.sum);
+  store<C>(sums + 2 * kWidth, values.squares);
+}
+
+// Stores a tile of outputs, those that lie inside the row, and adds them to the sums.
+template <typename T, int kVectors, int kColumns>
+INLINE void finish_columns(const DepthwiseRow<T>& d, int v, int64_t column, const Vec<Compute<T>> (&out)[kColumns],
+                           RowSums<Compute<T>>& sums) {
+  constexpr int kLanesEach = kVectorLanes<Compute<T>>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  if (d.sets_pilot && column == 0) sums.pilot = out[0];
+  T* output = d.output + column * kWidth + v * kLanesEach;
+  UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    if (column + c >= d.columns) break;
+    if (d.streams) {
+      stream_column<T, kVectors>(d, v, column + c, out[c]);
+    } else {
+      store_values<T>(output + c * kWidth, out[c]);
+    }
+    sums.add(out[c]);
+  }
+}
+
 template <typename T, int kKernel, int kStride, int kColumns, int kVectors>
 void depthwise_row(const DepthwiseRow<T>& d) {
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
   constexpr int kWidth = kVectors * kLanesEach;
   for (int v = 0; v < kVectors; ++v) {
-    Vec<C> pilot{}, sum{}, squares{};
-    if (d.sums) {
-      pilot = load<C>(d.sums + v * kLanesEach);
-      sum = load<C>(d.sums + kWidth + v * kLanesEach);
-      squares = load<C>(d.sums + 2 * kWidth + v * kLanesEach);
-    }
+    RowSums<C> sums = load_sums<T, kVectors>(d, v);
     for (int64_t column = 0; column < d.columns; column += kColumns) {
       Vec<C> out[kColumns];
       UNROLL
@@ -147,26 +197,36 @@ void depthwise_row(const DepthwiseRow<T>& d) {
           }
         }
       }
-      if (d.sets_pilot && column == 0) pilot = out[0];
-      T* output = d.output + column * kWidth + v * kLanesEach;
+      finish_columns<T, kVectors, kColumns>(d, v, column, out, sums);
+    }
+    store_sums<T, kVectors>(d, v, sums);
+  }
+}
+
+// The same for any kernel and stride.
+template <typename T, int kColumns, int kVectors>
+void depthwise_row_of_any(const DepthwiseRow<T>& d) {
+  using C = Compute<T>;
+  constexpr int kLanesEach = kVectorLanes<C>;
+  constexpr int kWidth = kVectors * kLanesEach;
+  for (int v = 0; v < kVectors; ++v) {
+    RowSums<C> sums = load_sums<T, kVectors>(d, v);
+    for (int64_t column = 0; column < d.columns; column += kColumns) {
+      Vec<C> out[kColumns];
       UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        if (column + c >= d.columns) break;
-        if (d.streams) {
-          stream_column<T, kVectors>(d, v, column + c, out[c]);
-        } else {
-          store_values<T>(output + c * kWidth, out[c]);
+      for (int c = 0; c < kColumns; ++c) out[c] = Vec<C>{};
+      for (int64_t y = d.first_row; y < d.last_row; ++y) {
+        const C* in = d.rows[y] + column * d.stride * kWidth + v * kLanesEach;
+        const C* weight = d.weight + y * d.kernel * kWidth + v * kLanesEach;
+        for (int64_t x = 0; x < d.kernel; ++x) {
+          const Vec<C> w = load<C>(weight + x * kWidth);
+          UNROLL
+          for (int c = 0; c < kColumns; ++c) out[c] += load<C>(in + (c * d.stride + x) * kWidth) * w;
         }
-        const Vec<C> distance = out[c] - pilot;
-        sum += distance;
-        squares += distance * distance;
       }
+      finish_columns<T, kVectors, kColumns>(d, v, column, out, sums);
     }
-    if (d.sums) {
-      store<C>(d.sums + v * kLanesEach, pilot);
-      store<C>(d.sums + kWidth + v * kLanesEach, sum);
-      store<C>(d.sums + 2 * kWidth + v * kLanesEach, squares);
-    }
+    store_sums<T, kVectors>(d, v, sums);
   }
 }
 
@@ -194,14 +254,22 @@ RowKernel<T> choose_columns(int64_t out_width) {
 
 template <typename T, int kVectors>
 RowKernel<T> choose_row(int64_t kernel, int64_t stride, int64_t out_width) {
-  if (stride == 1) {
-    if (kernel == 3) return choose_columns<T, 3, 1, kVectors>(out_width);
-    if (kernel == 5) return choose_columns<T, 5, 1, kVectors>(out_width);
-    return choose_columns<T, 7, 1, kVectors>(out_width);
+  switch (kernel * 10 + stride) {
+    case 31:
+      return choose_columns<T, 3, 1, kVectors>(out_width);
+    case 51:
+      return choose_columns<T, 5, 1, kVectors>(out_width);
+    case 71:
+      return choose_columns<T, 7, 1, kVectors>(out_width);
+    case 32:
+      return choose_columns<T, 3, 2, kVectors>(out_width);
+    case 52:
+      return choose_columns<T, 5, 2, kVectors>(out_width);
+    case 72:
+      return choose_columns<T, 7, 2, kVectors>(out_width);
+    default:
+      return {&depthwise_row_of_any<T, 4, kVectors>, 4};
   }
-  if (kernel == 3) return choose_columns<T, 3, 2, kVectors>(out_width);
-  if (kernel == 5) return choose_columns<T, 5, 2, kVectors>(out_width);
-  return choose_columns<T, 7, 2, kVectors>(out_width);
 }
 
 template <typename T>
@@ -226,6 +294,8 @@ class ExpandDepthwiseRun {
     thread_local Scratch<C> rows;
     thread_local Scratch<int32_t> offsets;
     thread_local Scratch<T> half_lines;
+    thread_local Scratch<const C*> kernel_rows;
+    kernel_rows_ = kernel_rows.get(a_.kernel);
     half_lines_ = half_lines.get(out_width_ * kVectorLanes<C>);
     ring_.rows = rows.get(ring_.ring_rows * ring_.row_width * kGroupWidth<C>);
     ring_.offsets = offsets.get(ring_.ring_pixels + kTileRows);
@@ -280,6 +350,9 @@ class ExpandDepthwiseRun {
     row.sums = a_.partials ? sums : nullptr;
     row.streams = a_.streams;
     row.half_lines = half_lines_;
+    row.rows = kernel_rows_;
+    row.kernel = a_.kernel;
+    row.stride = a_.stride;
     // A slab of the output: the groups before this one are full.
     T* output = a_.output + (first_image - a_.first_slab * a_.slab_images) * out_pixels * hidden_ +
                 channel * images * out_pixels;
@@ -302,7 +375,7 @@ class ExpandDepthwiseRun {
         row.first_row = std::max<int64_t>(0, -top);
         row.last_row = std::min(a_.kernel, a_.height - top);
         for (int64_t k = row.first_row; k < row.last_row; ++k) {
-          row.rows[k] = ring_.rows + (image * a_.height + top + k) % ring_.ring_rows * ring_.row_width * width;
+          kernel_rows_[k] = ring_.rows + (image * a_.height + top + k) % ring_.ring_rows * ring_.row_width * width;
         }
         row.output = output + (image * out_height_ + y) * out_width_ * width;
         row.sets_pilot = image == 0 && y == 0;
@@ -340,6 +413,7 @@ class ExpandDepthwiseRun {
   RowKernel<T> wide_row_, narrow_row_{};
   Ring<T> ring_{};
   T* half_lines_;
+  const C** kernel_rows_;
 };
 
 template <typename T>

@@ -1,0 +1,414 @@
+// One operation on a feature map of a whole batch of images, made of the kernels. The chain and mixed_op are made
+// of these.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "block_kernels.h"
+#include "operation_source.h"
+#include "parallel.h"
+#include "statistics.h"
+#include "weights.h"
+
+namespace greedynas::cpu {
+
+struct Shape {
+  int64_t height, width, channels;
+
+  int64_t pixels() const { return height * width; }
+  Shape after(const OperationSource& op) const {
+    return {ceil_div(height, op.stride), ceil_div(width, op.stride), op.out_channels};
+  }
+};
+
+template <typename T>
+struct Map {
+  T* data = nullptr;  // with kSlackRows behind it where anything reads it
+  Shape shape{};
+  MapMoments<Compute<T>> moments{};  // null where nobody asks for them
+};
+
+inline int64_t map_elements(int64_t images, const Shape& shape) {
+  return (images * shape.pixels() + kSlackRows) * padded(shape.channels);
+}
+
+// What lies behind a map is read in whole tiles; it only has to be there and be no trap.
+template <typename T>
+void clear_slack(const Map<T>& map, int64_t images) {
+  const int64_t stride = padded(map.shape.channels);
+  std::fill_n(map.data + images * map.shape.pixels() * stride, kSlackRows * stride, T{});
+}
+
+inline constexpr int64_t kStreamedBytes = 16 << 20;  // maps of this size leave the cache before they are read again
+inline constexpr int64_t kMostSegments = 8;          // of a map, whose products `finish` sums up separately
+
+inline int64_t segments_of(int64_t pixels) { return std::min(kMostSegments, ceil_div(pixels, kGramPixels)); }
+
+template <typename T>
+struct Workspace {
+  using C = Compute<T>;
+  T* depthwise;
+  double *partials, *segments;
+  C* gates;  // means, then gates
+  C* squeezed;
+};
+
+// How many elements of each part of a workspace operations on `images` images need.
+struct WorkspaceNeeds {
+  int64_t images;
+  int64_t depthwise = 0, partials = 0, segments = 0, gates = 0, squeezed = 0;
+
+  void consider(const OperationSource& o, const Shape& in, bool of_batch) {
+    const Shape out = in.after(o);
+    gates = std::max(gates, o.se_channels ? 2 * images * padded(o.hidden_channels) : 0);
+    squeezed = std::max(squeezed, images * padded(o.se_channels));
+    if (!of_batch || o.kind == kIdentity) return;
+    const SlabCut cut(images, out.pixels());
+    const int64_t blocks =
+        std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels), ceil_div(images * out.pixels(), kBlockPixels));
+    partials = std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
+    depthwise = std::max(depthwise, images * out.pixels() * padded(o.hidden_channels));
+  }
+
+  void consider_moments(const Shape& shape) {
+    const int64_t stride = padded(shape.channels);
+    segments = std::max(segments, segments_of(images * shape.pixels()) * stride * (stride + 1));
+  }
+};
+
+// Offsets in bytes of a workspace, from `begin` on.
+template <typename T>
+struct WorkspaceLayout {
+  using C = Compute<T>;
+  int64_t depthwise, partials, segments, gates, squeezed, end;
+
+  WorkspaceLayout() = default;
+  WorkspaceLayout(const WorkspaceNeeds& needs, int64_t begin) : end(begin) {
+    depthwise = add(needs.depthwise, sizeof(T));
+    partials = add(needs.partials, sizeof(double));
+    segments = add(needs.segments, sizeof(double));
+    gates = add(needs.gates, sizeof(C));
+    squeezed = add(needs.squeezed, sizeof(C));
+  }
+
+  int64_t add(int64_t count, int64_t size) {
+    const int64_t offset = end;
+    end += (count * size + 63) / 64 * 64;
+    return offset;
+  }
+
+  Workspace<T> at(char* base) const {
+    return {reinterpret_cast<T*>(base + depthwise), reinterpret_cast<double*>(base + partials),
+            reinterpret_cast<double*>(base + segments), reinterpret_cast<C*>(base + gates),
+            reinterpret_cast<C*>(base + squeezed)};
+  }
+};
+
+template <typename C>
+C value_of(C x) {
+  return x;
+}
+inline float value_of(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T>
+class BlockRunner {
+  using C = Compute<T>;
+
+ public:
+  BlockRunner(const Kernels<T>& kernels, int64_t images, const Workspace<T>& workspace,
+              const ParallelFor& parallel_for)
+      : k_(kernels), images_(images), workspace_(workspace), parallel_for_(parallel_for) {}
+
+  // An operation that is no identity. Without `known` statistics those of the batch, kept in `used` unless that
+  // is null.
+  void run(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
+           const Map<T>& in, const Map<T>& out) const {
+    if (op.source.kind == kConvBn) {
+      const StridedInput<T> strided{in.data, images_, in.shape.height, in.shape.width, in.shape.channels,
+                                    op.source.stride};
+      const Affine<C> pending =
+          convolution(op, known, used, out, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
+            k_.strided(strided, to, begin, end);
+          });
+      if (!known) finish(out, &pending, op.source.activation, nullptr);
+    } else if (known) {
+      bottleneck_with_constants(op, *known, in, out);
+    } else {
+      bottleneck_of_batch(op, used, in, nullptr, kLinear, out);
+    }
+  }
+
+  // Those of a pointwise convolution of a map.
+  Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) const {
+    const int64_t stride = padded(channels), depth = in.shape.channels;
+    Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
+    parallel_for_(ceil_div(stride, k_.group_width), depth * depth * k_.group_width / 2,
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t group = begin; group < end; ++group) {
+                         k_.pointwise_moments(in.moments.mean, in.moments.covariance, depth, weight, channels, group,
+                                              result.mean.data(), result.variance.data());
+                       }
+                     });
+    return result;
+  }
+
+  // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
+  void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) const {
+    const int64_t pixels = images_ * map.shape.pixels(), stride = padded(map.shape.channels);
+    FinishMap<T> f{map.data, map.data, pixels, map.shape.channels, nullptr, nullptr, activation, residual, nullptr};
+    if (affine) {
+      f.scale = affine->scale.data();
+      f.shift = affine->shift.data();
+    }
+    std::vector<C> pilot;
+    if (map.moments.mean) {
+      pilot = pilot_of(f);
+      f.pilot = pilot.data();
+    }
+    const int64_t units = ceil_div(pixels, kGramPixels), segments = segments_of(pixels), size = stride * (stride + 1);
+    auto* sums = workspace_.segments;
+    const int64_t parts = f.pilot ? segments : units;
+    const int64_t work = kGramPixels * stride * (f.pilot ? stride / 2 : 2) * units / parts;
+    parallel_for_(parts, work, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        double* segment = sums + part * size;
+        if (f.pilot) std::fill_n(segment, size, 0.0);
+        k_.finish(f, part * units / parts, (part + 1) * units / parts, segment + stride, segment);
+      }
+    });
+    if (f.pilot) {
+      join_gram<C>(sums, segments, pixels, f.pilot, map.shape.channels, map.moments, parallel_for_);
+    }
+  }
+
+  Linear<C> linear(const C* in, int64_t rows, int64_t in_stride, int64_t depth_of, const C* weight, const C* bias,
+                   int64_t channels, int64_t activation, C* out) const {
+    return {in, rows, in_stride, depth_of, weight, bias, channels, activation, out, padded(channels), true};
+  }
+
+  void linear_everywhere(const Linear<C>& l) const {
+    parallel_for_(ceil_div(padded(l.channels), k_.group_width), l.rows * l.depth * k_.group_width,
+                     [&](int64_t begin, int64_t end) { k_.linear(l, begin, end); });
+  }
+
+  // An inverted bottleneck with the statistics of the batch, which are kept in `used` unless that is null.
+  // `pending`: what the input still has to undergo.
+  void bottleneck_of_batch(const PackedOperation<T>& op, OperationStatistics<C>* used, const Map<T>& in,
+                           const Affine<C>* pending, int64_t pending_activation, const Map<T>& out) const {
+    const OperationSource& o = op.source;
+    const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
+    const SlabCut cut(images_, image_pixels);
+    Affine<C> before;
+    if (op.expand) {
+      before = affine(op, kExpandBn, used, pointwise_moments(in, op.expand, o.hidden_channels));
+      pending = &before;
+      pending_activation = o.activation;
+    }
+    ExpandDepthwise<T> e = expand_depthwise(op, in, pending, pending_activation, cut);
+    e.partials = workspace_.partials;
+    e.streams = images_ * image_pixels * hidden * int64_t{sizeof(T)} >= kStreamedBytes;
+    const int64_t groups = ceil_div(hidden, k_.group_width);
+    const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
+    const int64_t depthwise_work = cut.images * image_pixels * o.kernel * o.kernel;
+    parallel_for_(cut.slabs * groups, (expand_work + depthwise_work) * k_.group_width,
+                     [&](int64_t begin, int64_t end) { k_.expand_depthwise(e, begin, end); });
+    const auto slab_pixels = [&](int64_t slab) {
+      return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
+    };
+    const Affine<C> middle = affine(
+        op, kDepthwiseBn, used,
+        join_partials<C>(e.partials, cut.slabs, slab_pixels, o.hidden_channels, parallel_for_));
+
+    ProjectInput<T> p{e.output, 0, cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
+                      o.activation, nullptr};
+    if (o.se_channels > 0) {
+      C* pooled = workspace_.gates;
+      C* gates = pooled + images_ * hidden;
+      const Squeeze<T> s{p, o.hidden_channels, pooled};
+      parallel_for_(cut.slabs, cut.images * image_pixels * hidden * 2,
+                       [&](int64_t begin, int64_t end) { k_.squeeze(s, begin, end); });
+      excite(op, pooled, images_, workspace_.squeezed, gates,
+             [&](const Linear<C>& l) { linear_everywhere(l); });
+      p.gates = gates;
+    }
+    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data, nullptr, nullptr,
+                                kLinear,    nullptr,           e.partials};
+    for_blocks(cut, image_pixels, kBlockPixels * hidden * o.out_channels,
+               [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
+    const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
+    const auto block_pixels = [&](int64_t unit) {
+      return std::clamp<int64_t>(slab_pixels(unit / blocks) - unit % blocks * kBlockPixels, 0, kBlockPixels);
+    };
+    const Affine<C> after =
+        affine(op, kProjectBn, used,
+               join_partials<C>(e.partials, cut.slabs * blocks, block_pixels, o.out_channels, parallel_for_));
+    finish(out, &after, kLinear, o.residual ? in.data : nullptr);
+  }
+
+  // An inverted bottleneck whose statistics are known: slab by slab, and nothing but the output is stored.
+  void bottleneck_with_constants(const PackedOperation<T>& op, const OperationStatistics<C>& known, const Map<T>& in,
+                                 const Map<T>& out) const {
+    const OperationSource& o = op.source;
+    const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
+    const SlabCut cut(images_, image_pixels);
+    Affine<C> before;
+    if (op.expand) before = op.batch_norms[kExpandBn].affine(known.stages[kExpandBn]);
+    const Affine<C> middle = op.batch_norms[kDepthwiseBn].affine(known.stages[kDepthwiseBn]);
+    const Affine<C> after = op.batch_norms[kProjectBn].affine(known.stages[kProjectBn]);
+    const int64_t groups = ceil_div(hidden, k_.group_width);
+    const int64_t work = cut.images * hidden * (in.shape.pixels() * o.in_channels + image_pixels * o.out_channels);
+    parallel_for_(cut.slabs, work, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<T> depthwise;
+      thread_local std::vector<C> pooled, squeezed;
+      depthwise.resize(std::max<std::size_t>(depthwise.size(), cut.images * image_pixels * hidden));
+      ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
+      e.output = depthwise.data();
+      ProjectInput<T> p{e.output, 0, cut.images, images_, image_pixels, middle.scale.data(),
+                        middle.shift.data(), o.activation, nullptr};
+      const PointwiseOutput<T> to{op.project,        o.hidden_channels, o.out_channels,
+                                  out.data,          after.scale.data(), after.shift.data(),
+                                  kLinear,           o.residual ? in.data : nullptr, nullptr};
+      for (int64_t slab = begin; slab < end; ++slab) {
+        e.first_slab = p.first_slab = slab;
+        k_.expand_depthwise(e, slab * groups, (slab + 1) * groups);
+        const int64_t images = std::min(cut.images, images_ - slab * cut.images);
+        if (o.se_channels > 0) {
+          pooled.resize(2 * cut.images * hidden);
+          squeezed.resize(cut.images * padded(o.se_channels));
+          C* gates = pooled.data() + cut.images * hidden;
+          const int64_t earlier = slab * cut.images * hidden;
+          k_.squeeze({p, o.hidden_channels, pooled.data() - earlier}, slab, slab + 1);
+          excite(op, pooled.data(), images, squeezed.data(), gates, [&](const Linear<C>& l) {
+            k_.linear(l, 0, ceil_div(padded(l.channels), k_.group_width));
+          });
+          p.gates = gates - earlier;
+        }
+        k_.project(p, to, slab, 0, ceil_div(images * image_pixels, kBlockPixels));
+      }
+    });
+  }
+
+  // A dense or strided convolution: `run(output, first block, last block)` is the kernel. Returns what the
+  // output still has to undergo with the statistics of the batch.
+  template <typename Run>
+  Affine<C> convolution(const PackedOperation<T>& op, const OperationStatistics<C>* known,
+                        OperationStatistics<C>* used, const Map<T>& out, const Run& run) const {
+    const OperationSource& o = op.source;
+    const int64_t pixels = images_ * out.shape.pixels(), blocks = ceil_div(pixels, kBlockPixels);
+    PointwiseOutput<T> to{op.project, o.depth(), o.out_channels, out.data, nullptr,
+                          nullptr,    o.activation, nullptr, nullptr};
+    Affine<C> after;
+    if (known) {
+      after = op.batch_norms[kProjectBn].affine(known->stages[kProjectBn]);
+      to.scale = after.scale.data();
+      to.shift = after.shift.data();
+    } else {
+      to.partials = workspace_.partials;
+    }
+    parallel_for_(blocks, kBlockPixels * o.depth() * o.out_channels,
+                     [&](int64_t begin, int64_t end) { run(to, begin, end); });
+    if (!to.partials) return after;
+    const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
+    return affine(op, kProjectBn, used,
+                  join_partials<C>(to.partials, blocks, count, o.out_channels, parallel_for_));
+  }
+
+ private:
+  static Affine<C> affine(const PackedOperation<T>& op, int64_t stage, OperationStatistics<C>* used,
+                          const Moments<C>& moments) {
+    if (used) used->stages[stage] = moments;
+    return op.batch_norms[stage].affine(moments);
+  }
+
+  // The mean of some pixels all over the batch.
+  std::vector<C> pilot_of(const FinishMap<T>& f) const {
+    const int64_t stride = padded(f.channels), samples = std::min<int64_t>(f.pixels, 64);
+    FinishMap<T> sample = f;
+    std::vector<T> raw(samples * stride), out(samples * stride), residual(samples * stride);
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t row = i * f.pixels / samples * stride;
+      std::copy_n(f.raw + row, stride, raw.data() + i * stride);
+      if (f.residual) std::copy_n(f.residual + row, stride, residual.data() + i * stride);
+    }
+    sample.raw = raw.data();
+    sample.output = out.data();
+    sample.pixels = samples;
+    sample.residual = f.residual ? residual.data() : nullptr;
+    sample.pilot = nullptr;
+    k_.finish(sample, 0, 1, nullptr, nullptr);
+    const std::vector<T>& values = f.scale ? out : raw;
+    std::vector<C> pilot(stride, C(0));
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t c = 0; c < stride; ++c) pilot[c] += value_of(values[i * stride + c]);
+    }
+    for (C& mean : pilot) {
+      mean /= static_cast<C>(samples);
+      if (!(mean - mean == C(0))) mean = C(0);  // what is not finite shows in the products
+    }
+    return pilot;
+  }
+
+  ExpandDepthwise<T> expand_depthwise(const PackedOperation<T>& op, const Map<T>& in, const Affine<C>* before,
+                                      int64_t activation, const SlabCut& cut) const {
+    const OperationSource& o = op.source;
+    return {in.data,
+            images_,
+            in.shape.height,
+            in.shape.width,
+            o.in_channels,
+            op.expand,
+            before ? before->scale.data() : nullptr,
+            before ? before->shift.data() : nullptr,
+            activation,
+            op.depthwise,
+            o.hidden_channels,
+            o.kernel,
+            o.stride,
+            cut.images,
+            workspace_.depthwise,
+            0,
+            nullptr,
+            false};
+  }
+
+  // The gates of `images` images from their means.
+  template <typename For>
+  void excite(const PackedOperation<T>& op, const C* pooled, int64_t images, C* squeezed, C* gates,
+              const For& for_groups) const {
+    const OperationSource& o = op.source;
+    const int64_t gate = o.se_gate == kSigmoid ? kLinearSigmoid : kLinearHsigmoid;
+    for_groups(linear(pooled, images, op.hidden_stride(), o.hidden_channels, op.se_reduce, op.se_reduce_bias,
+                      o.se_channels, kLinearRelu, squeezed));
+    for_groups(linear(squeezed, images, padded(o.se_channels), o.se_channels, op.se_expand, op.se_expand_bias,
+                      o.hidden_channels, gate, gates));
+  }
+
+  template <typename Body>
+  void for_blocks(const SlabCut& cut, int64_t image_pixels, int64_t work, const Body& body) const {
+    const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
+    parallel_for_(cut.slabs * blocks, work, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t slab = begin / blocks, last = std::min(end, (slab + 1) * blocks);
+        const int64_t pixels = std::min(cut.images, images_ - slab * cut.images) * image_pixels;
+        const int64_t real = std::min(last - slab * blocks, ceil_div(pixels, kBlockPixels));
+        body(slab, begin - slab * blocks, real);
+        begin = last;
+      }
+    });
+  }
+
+  const Kernels<T>& k_;
+  int64_t images_;
+  Workspace<T> workspace_;
+  const ParallelFor& parallel_for_;
+};
+
+}  // namespace greedynas::cpu
