@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from greedynas_ext import ops, reference
 from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import PathEvaluation, evaluate_paths
+from greedynas_ext.fused import release_memory
 from greedynas_ext.plan import EvaluationPlan
 from greedynas_ext.runner import StageProfile
 
@@ -25,4 +26,5 @@ __all__ = [
     "evaluate_paths",
     "ops",
     "reference",
+    "release_memory",
 ]

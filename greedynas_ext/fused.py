@@ -426,3 +426,15 @@ def refused(modules: Sequence[nn.Module], images: object, precision: str) -> str
         return "greedynas_ext._ops could not be loaded"
     devices = {parameter.device.type for module in modules for parameter in module.parameters()} - {"cpu"}
     return f"parameters on {', '.join(sorted(devices))}" if devices else None
+
+
+def release_memory() -> int:
+    """Frees the working memory that evaluations by fused kernels keep for the next one, at most 1 GiB.
+
+    Returns:
+        How many bytes were freed.
+
+    Raises:
+        ImportError: if the native library is missing.
+    """
+    return int(_library.require_chain().release_memory())

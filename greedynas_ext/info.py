@@ -37,11 +37,20 @@ def describe() -> dict[str, str]:
         "torch": f"{torch.__version__} (built against {build.get('torch', 'unknown')})",
         "operations": _state(_library.require_ops),
         "path plan": _state(_library.require_plan),
-        "CPU kernels": f"portable C++; torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "CPU kernels": _cpu_kernels(),
         "CUDA kernels": f"{built}: {cuda['reason']}" if cuda else "unknown: no build information",
         "CUDA devices": str(torch.cuda.device_count()) if torch.cuda.is_available() else "none",
         "threads": f"{torch.get_num_threads()}",
     }
+
+
+def _cpu_kernels() -> str:
+    try:
+        module = _library.require_chain()
+        products = "products of bf16" if module.bf16_available() else "bf16 computed in float32"
+        return f"{module.used_capability()}, {products}: {module.capability_reason()}"
+    except (ImportError, ValueError) as error:
+        return str(error)
 
 
 def _state(require: Any) -> str:

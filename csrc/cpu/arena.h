@@ -15,7 +15,8 @@ class Arena {
     bytes = (bytes + kLine - 1) / kLine * kLine;
     int64_t offset = 0;
     auto place = used_.begin();
-    for (; place != used_.end() && place->offset - offset < bytes; ++place) offset = place->offset + place->bytes;
+    for (; place != used_.end() && place->offset - offset < bytes; ++place)
+      offset = place->offset + place->bytes;
     used_.insert(place, {offset, bytes});
     size_ = std::max(size_, offset + bytes);
     return offset;

@@ -1,5 +1,5 @@
-// The kernels that a chain of choice blocks is made of: their arguments and, for each instruction set, a table
-// of pointers to them. The bodies are in kernels/, compiled once per instruction set.
+// The kernels that a chain of choice blocks is made of: their arguments and, for each instruction set, a
+// table of pointers to them. The bodies are in kernels/, compiled once per instruction set.
 //
 // Feature maps are NHWC: a row of padded(C) channels per pixel, all images' pixels one after the other, the
 // padding zero. kSlackRows more rows can be read behind a map's end, and no result depends on them.
@@ -70,7 +70,7 @@ struct ExpandDepthwise {
   const Compute<T>* depthwise;  // [group][kernel * kernel][channel of the group]
   int64_t hidden_channels, kernel, stride;
   int64_t slab_images;
-  T* output;         // of slab `first_slab`
+  T* output;  // of slab `first_slab`
   int64_t first_slab;
   double* partials;  // units: slabs; or null
   // Whether the output is stored past the cache, for one that does not fit into it. It is on a cache line's
@@ -119,7 +119,8 @@ struct PatchInput {
   int64_t kernel, stride;
 };
 
-// output = activation(raw * scale + shift) + residual, and sums for the moments of the output. Unit: kGramPixels.
+// output = activation(raw * scale + shift) + residual, and sums for the moments of the output. Unit:
+// kGramPixels.
 template <typename T>
 struct FinishMap {
   const T* raw;
@@ -155,7 +156,8 @@ struct Linear {
   bool padded_output;  // whether padded(channels) are written
 };
 
-// Mean over each image of activation(input * weight * scale + shift). Unit u: slab u / groups, group u % groups.
+// Mean over each image of activation(input * weight * scale + shift). Unit u: slab u / groups, group u %
+// groups.
 template <typename T>
 struct HeadPool {
   const T* input;

@@ -1,5 +1,5 @@
-// One operation on a feature map of a whole batch of images, made of the kernels. The chain and mixed_op are made
-// of these.
+// One operation on a feature map of a whole batch of images, made of the kernels. The chain and mixed_op are
+// made of these.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,9 @@ void clear_slack(const Map<T>& map, int64_t images) {
   std::fill_n(map.data + images * map.shape.pixels() * stride, kSlackRows * stride, T{});
 }
 
-inline constexpr int64_t kStreamedBytes = 16 << 20;  // maps of this size leave the cache before they are read again
-inline constexpr int64_t kMostSegments = 8;          // of a map, whose products `finish` sums up separately
+inline constexpr int64_t kStreamedBytes =
+    16 << 20;                                // maps of this size leave the cache before they are read again
+inline constexpr int64_t kMostSegments = 8;  // of a map, whose products `finish` sums up separately
 
 inline int64_t segments_of(int64_t pixels) { return std::min(kMostSegments, ceil_div(pixels, kGramPixels)); }
 
@@ -67,9 +68,10 @@ struct WorkspaceNeeds {
     squeezed = std::max(squeezed, images * padded(o.se_channels));
     if (!of_batch || o.kind == kIdentity) return;
     const SlabCut cut(images, out.pixels());
-    const int64_t blocks =
-        std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels), ceil_div(images * out.pixels(), kBlockPixels));
-    partials = std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
+    const int64_t blocks = std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels),
+                                    ceil_div(images * out.pixels(), kBlockPixels));
+    partials =
+        std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
     depthwise = std::max(depthwise, images * out.pixels() * padded(o.hidden_channels));
   }
 
@@ -127,13 +129,13 @@ class BlockRunner {
               const ParallelFor& parallel_for)
       : k_(kernels), images_(images), workspace_(workspace), parallel_for_(parallel_for) {}
 
-  // An operation that is no identity. Without `known` statistics those of the batch, kept in `used` unless that
-  // is null.
+  // An operation that is no identity. Without `known` statistics those of the batch, kept in `used` unless
+  // that is null.
   void run(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
            const Map<T>& in, const Map<T>& out) const {
     if (op.source.kind == kConvBn) {
-      const StridedInput<T> strided{in.data, images_, in.shape.height, in.shape.width, in.shape.channels,
-                                    op.source.stride};
+      const StridedInput<T> strided{in.data,        images_,           in.shape.height,
+                                    in.shape.width, in.shape.channels, op.source.stride};
       const Affine<C> pending =
           convolution(op, known, used, out, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
             k_.strided(strided, to, begin, end);
@@ -151,19 +153,20 @@ class BlockRunner {
     const int64_t stride = padded(channels), depth = in.shape.channels;
     Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
     parallel_for_(ceil_div(stride, k_.group_width), depth * depth * k_.group_width / 2,
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t group = begin; group < end; ++group) {
-                         k_.pointwise_moments(in.moments.mean, in.moments.covariance, depth, weight, channels, group,
-                                              result.mean.data(), result.variance.data());
-                       }
-                     });
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t group = begin; group < end; ++group) {
+                      k_.pointwise_moments(in.moments.mean, in.moments.covariance, depth, weight, channels,
+                                           group, result.mean.data(), result.variance.data());
+                    }
+                  });
     return result;
   }
 
   // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
   void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) const {
     const int64_t pixels = images_ * map.shape.pixels(), stride = padded(map.shape.channels);
-    FinishMap<T> f{map.data, map.data, pixels, map.shape.channels, nullptr, nullptr, activation, residual, nullptr};
+    FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
+                   activation, residual, nullptr};
     if (affine) {
       f.scale = affine->scale.data();
       f.shift = affine->shift.data();
@@ -173,7 +176,8 @@ class BlockRunner {
       pilot = pilot_of(f);
       f.pilot = pilot.data();
     }
-    const int64_t units = ceil_div(pixels, kGramPixels), segments = segments_of(pixels), size = stride * (stride + 1);
+    const int64_t units = ceil_div(pixels, kGramPixels), segments = segments_of(pixels),
+                  size = stride * (stride + 1);
     auto* sums = workspace_.segments;
     const int64_t parts = f.pilot ? segments : units;
     const int64_t work = kGramPixels * stride * (f.pilot ? stride / 2 : 2) * units / parts;
@@ -189,14 +193,14 @@ class BlockRunner {
     }
   }
 
-  Linear<C> linear(const C* in, int64_t rows, int64_t in_stride, int64_t depth_of, const C* weight, const C* bias,
-                   int64_t channels, int64_t activation, C* out) const {
+  Linear<C> linear(const C* in, int64_t rows, int64_t in_stride, int64_t depth_of, const C* weight,
+                   const C* bias, int64_t channels, int64_t activation, C* out) const {
     return {in, rows, in_stride, depth_of, weight, bias, channels, activation, out, padded(channels), true};
   }
 
   void linear_everywhere(const Linear<C>& l) const {
     parallel_for_(ceil_div(padded(l.channels), k_.group_width), l.rows * l.depth * k_.group_width,
-                     [&](int64_t begin, int64_t end) { k_.linear(l, begin, end); });
+                  [&](int64_t begin, int64_t end) { k_.linear(l, begin, end); });
   }
 
   // An inverted bottleneck with the statistics of the batch, which are kept in `used` unless that is null.
@@ -219,28 +223,29 @@ class BlockRunner {
     const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
     const int64_t depthwise_work = cut.images * image_pixels * o.kernel * o.kernel;
     parallel_for_(cut.slabs * groups, (expand_work + depthwise_work) * k_.group_width,
-                     [&](int64_t begin, int64_t end) { k_.expand_depthwise(e, begin, end); });
+                  [&](int64_t begin, int64_t end) { k_.expand_depthwise(e, begin, end); });
     const auto slab_pixels = [&](int64_t slab) {
       return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
     };
-    const Affine<C> middle = affine(
-        op, kDepthwiseBn, used,
-        join_partials<C>(e.partials, cut.slabs, slab_pixels, o.hidden_channels, parallel_for_));
+    const Affine<C> middle =
+        affine(op, kDepthwiseBn, used,
+               join_partials<C>(e.partials, cut.slabs, slab_pixels, o.hidden_channels, parallel_for_));
 
-    ProjectInput<T> p{e.output, 0, cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
-                      o.activation, nullptr};
+    ProjectInput<T> p{
+        e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
+        o.activation, nullptr};
     if (o.se_channels > 0) {
       C* pooled = workspace_.gates;
       C* gates = pooled + images_ * hidden;
       const Squeeze<T> s{p, o.hidden_channels, pooled};
       parallel_for_(cut.slabs, cut.images * image_pixels * hidden * 2,
-                       [&](int64_t begin, int64_t end) { k_.squeeze(s, begin, end); });
+                    [&](int64_t begin, int64_t end) { k_.squeeze(s, begin, end); });
       excite(op, pooled, images_, workspace_.squeezed, gates,
              [&](const Linear<C>& l) { linear_everywhere(l); });
       p.gates = gates;
     }
-    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data, nullptr, nullptr,
-                                kLinear,    nullptr,           e.partials};
+    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,  nullptr,
+                                nullptr,    kLinear,           nullptr,        e.partials};
     for_blocks(cut, image_pixels, kBlockPixels * hidden * o.out_channels,
                [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
     const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
@@ -254,8 +259,8 @@ class BlockRunner {
   }
 
   // An inverted bottleneck whose statistics are known: slab by slab, and nothing but the output is stored.
-  void bottleneck_with_constants(const PackedOperation<T>& op, const OperationStatistics<C>& known, const Map<T>& in,
-                                 const Map<T>& out) const {
+  void bottleneck_with_constants(const PackedOperation<T>& op, const OperationStatistics<C>& known,
+                                 const Map<T>& in, const Map<T>& out) const {
     const OperationSource& o = op.source;
     const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
     const SlabCut cut(images_, image_pixels);
@@ -264,18 +269,26 @@ class BlockRunner {
     const Affine<C> middle = op.batch_norms[kDepthwiseBn].affine(known.stages[kDepthwiseBn]);
     const Affine<C> after = op.batch_norms[kProjectBn].affine(known.stages[kProjectBn]);
     const int64_t groups = ceil_div(hidden, k_.group_width);
-    const int64_t work = cut.images * hidden * (in.shape.pixels() * o.in_channels + image_pixels * o.out_channels);
+    const int64_t work =
+        cut.images * hidden * (in.shape.pixels() * o.in_channels + image_pixels * o.out_channels);
     parallel_for_(cut.slabs, work, [&](int64_t begin, int64_t end) {
       thread_local std::vector<T> depthwise;
       thread_local std::vector<C> pooled, squeezed;
       depthwise.resize(std::max<std::size_t>(depthwise.size(), cut.images * image_pixels * hidden));
       ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
       e.output = depthwise.data();
-      ProjectInput<T> p{e.output, 0, cut.images, images_, image_pixels, middle.scale.data(),
-                        middle.shift.data(), o.activation, nullptr};
-      const PointwiseOutput<T> to{op.project,        o.hidden_channels, o.out_channels,
-                                  out.data,          after.scale.data(), after.shift.data(),
-                                  kLinear,           o.residual ? in.data : nullptr, nullptr};
+      ProjectInput<T> p{
+          e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
+          o.activation, nullptr};
+      const PointwiseOutput<T> to{op.project,
+                                  o.hidden_channels,
+                                  o.out_channels,
+                                  out.data,
+                                  after.scale.data(),
+                                  after.shift.data(),
+                                  kLinear,
+                                  o.residual ? in.data : nullptr,
+                                  nullptr};
       for (int64_t slab = begin; slab < end; ++slab) {
         e.first_slab = p.first_slab = slab;
         k_.expand_depthwise(e, slab * groups, (slab + 1) * groups);
@@ -286,9 +299,8 @@ class BlockRunner {
           C* gates = pooled.data() + cut.images * hidden;
           const int64_t earlier = slab * cut.images * hidden;
           k_.squeeze({p, o.hidden_channels, pooled.data() - earlier}, slab, slab + 1);
-          excite(op, pooled.data(), images, squeezed.data(), gates, [&](const Linear<C>& l) {
-            k_.linear(l, 0, ceil_div(padded(l.channels), k_.group_width));
-          });
+          excite(op, pooled.data(), images, squeezed.data(), gates,
+                 [&](const Linear<C>& l) { k_.linear(l, 0, ceil_div(padded(l.channels), k_.group_width)); });
           p.gates = gates - earlier;
         }
         k_.project(p, to, slab, 0, ceil_div(images * image_pixels, kBlockPixels));
@@ -303,8 +315,8 @@ class BlockRunner {
                         OperationStatistics<C>* used, const Map<T>& out, const Run& run) const {
     const OperationSource& o = op.source;
     const int64_t pixels = images_ * out.shape.pixels(), blocks = ceil_div(pixels, kBlockPixels);
-    PointwiseOutput<T> to{op.project, o.depth(), o.out_channels, out.data, nullptr,
-                          nullptr,    o.activation, nullptr, nullptr};
+    PointwiseOutput<T> to{op.project, o.depth(),    o.out_channels, out.data, nullptr,
+                          nullptr,    o.activation, nullptr,        nullptr};
     Affine<C> after;
     if (known) {
       after = op.batch_norms[kProjectBn].affine(known->stages[kProjectBn]);
@@ -314,7 +326,7 @@ class BlockRunner {
       to.partials = workspace_.partials;
     }
     parallel_for_(blocks, kBlockPixels * o.depth() * o.out_channels,
-                     [&](int64_t begin, int64_t end) { run(to, begin, end); });
+                  [&](int64_t begin, int64_t end) { run(to, begin, end); });
     if (!to.partials) return after;
     const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
     return affine(op, kProjectBn, used,

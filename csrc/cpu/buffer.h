@@ -29,7 +29,8 @@ Buffer<T> make_buffer(int64_t size) {
   const std::size_t bytes = (wanted + alignment - 1) / alignment * alignment;
   auto* memory = static_cast<T*>(std::aligned_alloc(alignment, std::max(bytes, alignment)));
   if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)  // fewer page faults and misses of the address cache; where it is not to be had, no harm
+#if defined(__linux__)  // fewer page faults and misses of the address cache; where it is not to be had, no
+                        // harm
   if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
 #ifdef GREEDYNAS_POISON  // sanitizer builds: what is read before it was written shows up as NaN in the result

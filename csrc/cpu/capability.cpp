@@ -41,7 +41,9 @@ bool machine_has_avx512_bf16() {
 #endif
 }
 
-Capability used_capability() {
+namespace {
+
+Capability choose_capability() {
   const std::string name = requested();
   if (name.empty()) return machine_capability();
   for (const Capability capability : {kPortable, kAvx2, kAvx512}) {
@@ -52,7 +54,15 @@ Capability used_capability() {
     }
     return capability;
   }
-  throw std::invalid_argument(std::string(kVariable) + ": expected one of portable, avx2, avx512, got " + name);
+  throw std::invalid_argument(std::string(kVariable) + ": expected one of portable, avx2, avx512, got " +
+                              name);
+}
+
+}  // namespace
+
+Capability used_capability() {
+  static const Capability capability = choose_capability();  // tried again as long as it throws
+  return capability;
 }
 
 std::string capability_reason() {

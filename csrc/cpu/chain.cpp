@@ -34,7 +34,8 @@ class Evaluation final : public ChainEvaluation {
     for (int64_t n = num_nodes - 1; n >= 0; --n) {
       const OperationSource& op = operation_of(n);
       if (leaf_of_node_[n] >= 0) needs_moments_[n + 1] = 1;
-      if (op.expand || (op.kind == kIdentity && needs_moments_[n + 1])) needs_moments_[s_.nodes[n].parent + 1] = 1;
+      if (op.expand || (op.kind == kIdentity && needs_moments_[n + 1]))
+        needs_moments_[s_.nodes[n].parent + 1] = 1;
     }
     captured_.resize(1 + s_.stem_blocks.size() + num_nodes + leaves);
     times_.resize(num_layers_ + 3);
@@ -54,7 +55,8 @@ class Evaluation final : public ChainEvaluation {
 
     const int64_t size = padded(s_.classes) * s_.head.out_channels;
     packed_bytes_ = packer.bytes() + (size + padded(s_.classes)) * int64_t{sizeof(C)};
-    classifier_ = reinterpret_cast<C*>(classifier_memory_.at_least((size + padded(s_.classes)) * int64_t{sizeof(C)}));
+    classifier_ =
+        reinterpret_cast<C*>(classifier_memory_.at_least((size + padded(s_.classes)) * int64_t{sizeof(C)}));
     classifier_bias_ = classifier_ + size;
     pack_pointwise<C>({static_cast<const C*>(s_.classifier_weight), s_.head.out_channels, 1}, s_.classes,
                       s_.head.out_channels, k_.group_width, 1, classifier_);
@@ -102,7 +104,8 @@ class Evaluation final : public ChainEvaluation {
 
   struct Layout {
     int64_t bytes = 0;
-    std::vector<int64_t> map;       // offset of the stem's output and of each node's; identities share their parent's
+    std::vector<int64_t>
+        map;  // offset of the stem's output and of each node's; identities share their parent's
     std::vector<Shape> shape;       // likewise
     std::vector<int64_t> stem_map;  // of the stem's convolution and blocks; the last is map[0]
     WorkspaceLayout<T> workspace;
@@ -232,17 +235,18 @@ class Evaluation final : public ChainEvaluation {
     Map<T> map = map_at(layout_.stem_map[0], shape, blocks ? expands(0) : needs_moments_[0]);
     clear_slack(map, batch_.count);
     const BlockRunner<T> run = runner();
-    const Affine<C> pending =
-        run.convolution(stem_, known(stem_, 0), used(0), map, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
-          k_.patches(images, to, begin, end);
-        });
+    const Affine<C> pending = run.convolution(stem_, known(stem_, 0), used(0), map,
+                                              [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
+                                                k_.patches(images, to, begin, end);
+                                              });
     // The first block reads the convolution as it is where it begins with the depthwise convolution.
     const bool passes_on = blocks > 0 && !stem_blocks_[0].expand && !stem_blocks_[0].source.residual;
     if (batch && !passes_on) run.finish(map, &pending, s_.stem.activation, nullptr);
     for (int64_t i = 0; i < blocks; ++i) {
       const PackedOperation<T>& op = stem_blocks_[i];
       shape = shape.after(op.source);
-      const Map<T> out = map_at(layout_.stem_map[i + 1], shape, i + 1 < blocks ? expands(i + 1) : needs_moments_[0]);
+      const Map<T> out =
+          map_at(layout_.stem_map[i + 1], shape, i + 1 < blocks ? expands(i + 1) : needs_moments_[0]);
       clear_slack(out, batch_.count);
       if (batch && i == 0 && passes_on) {
         run.bottleneck_of_batch(op, used(1), map, &pending, s_.stem.activation, out);
@@ -276,23 +280,23 @@ class Evaluation final : public ChainEvaluation {
     const int64_t site = 1 + static_cast<int64_t>(stem_blocks_.size() + s_.nodes.size()) + leaf;
     const BlockRunner<T> run = runner();
     const OperationStatistics<C>* given = known(head_, site);
-    const Moments<C> moments = given ? given->stages[kProjectBn]
-                                     : run.pointwise_moments(in, head_.project, s_.head.out_channels);
+    const Moments<C> moments =
+        given ? given->stages[kProjectBn] : run.pointwise_moments(in, head_.project, s_.head.out_channels);
     if (OperationStatistics<C>* keep = used(site)) keep->stages[kProjectBn] = moments;
     const Affine<C> after = head_.batch_norms[kProjectBn].affine(moments);
     if (statistics_ == Statistics::kCapture) return;
     const int64_t channels = s_.head.out_channels;
     const SlabCut cut(batch_.count, in.shape.pixels());
     C* pooled = at<C>(layout_.pooled);
-    const HeadPool<T> h{in.data,           batch_.count,       in.shape.pixels(),  in.shape.channels, cut.images,
-                        head_.project,     channels,           after.scale.data(), after.shift.data(),
-                        s_.head.activation, pooled};
-    (*parallel_for_)(cut.slabs * ceil_div(padded(channels), k_.group_width),
-                     cut.images * in.shape.pixels() * in.shape.channels * k_.group_width,
+    const HeadPool<T> h{
+        in.data,  batch_.count,       in.shape.pixels(),  in.shape.channels,  cut.images, head_.project,
+        channels, after.scale.data(), after.shift.data(), s_.head.activation, pooled};
+    (*parallel_for_)(cut.slabs* ceil_div(padded(channels), k_.group_width),
+                     cut.images* in.shape.pixels() * in.shape.channels * k_.group_width,
                      [&](int64_t begin, int64_t end) { k_.head_pool(h, begin, end); });
     C* logits = at<C>(layout_.logits);
-    Linear<C> l = run.linear(pooled, batch_.count, padded(channels), channels, classifier_, classifier_bias_, s_.classes,
-                         kNoActivation, logits);
+    Linear<C> l = run.linear(pooled, batch_.count, padded(channels), channels, classifier_, classifier_bias_,
+                             s_.classes, kNoActivation, logits);
     l.out_stride = s_.classes;
     l.padded_output = false;
     run.linear_everywhere(l);
@@ -313,7 +317,8 @@ class Evaluation final : public ChainEvaluation {
                                      batch_.targets,
                                      batch_.label_smoothing,
                                      batch_.correct + leaf};
-    path_cross_entropy(arguments, &loss, static_cast<C*>(batch_.image_losses) + leaf * batch_.count, *parallel_for_);
+    path_cross_entropy(arguments, &loss, static_cast<C*>(batch_.image_losses) + leaf * batch_.count,
+                       *parallel_for_);
     times_[num_layers_ + 2].seconds += now() - since;
     ++times_[num_layers_ + 2].calls;
     times_[num_layers_ + 2].bytes += batch_.count * int64_t{sizeof(C)};

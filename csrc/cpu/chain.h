@@ -1,6 +1,6 @@
-// Evaluation of many paths of a supernet chain (stem, layers of alternative operations, head), driven over the
-// path plan: every node of the plan is one operation on its parent's output, every leaf ends in a head and a
-// loss.
+// Evaluation of many paths of a supernet chain (stem, layers of alternative operations, head), driven over
+// the path plan: every node of the plan is one operation on its parent's output, every leaf ends in a head
+// and a loss.
 #pragma once
 
 #include <cstdint>
@@ -37,11 +37,11 @@ enum class Statistics {
 struct Batch {
   const void* images;  // float, or double with kFloat64
   int64_t count, height, width;
-  int64_t strides[4];            // of image, channel, row, column, in elements
-  const int64_t* targets;        // in [0, classes); null with kCapture
+  int64_t strides[4];      // of image, channel, row, column, in elements
+  const int64_t* targets;  // in [0, classes); null with kCapture
   double label_smoothing;
-  void* image_losses;            // [leaves][count], of the images' type; leaves in the order of their nodes
-  int64_t* correct;              // [leaves]
+  void* image_losses;  // [leaves][count], of the images' type; leaves in the order of their nodes
+  int64_t* correct;    // [leaves]
 };
 
 struct StageTime {
@@ -58,8 +58,8 @@ class ChainEvaluation {
   virtual void pack(const ParallelFor& parallel_for) = 0;
 
   // Bytes of activations and everything beside them, weights excluded, for a batch of that size.
-  virtual int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,
-                               Statistics statistics) const = 0;
+  virtual int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height,
+                               int64_t width, Statistics statistics) const = 0;
 
   virtual void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) = 0;
 

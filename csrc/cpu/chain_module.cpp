@@ -1,4 +1,5 @@
-// greedynas_ext._ops as a Python module: evaluation of chains. Addresses come from tensors that the caller keeps alive.
+// greedynas_ext._ops as a Python module: evaluation of chains. Addresses come from tensors that the caller
+// keeps alive.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,7 +41,8 @@ void torch_parallel_for_each(int64_t units, int64_t unit_work, const RangeBody& 
       if (!c.error) c.error = std::current_exception();
     }
   };
-  if (torch_parallel_for(0, units, grain, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
+  if (torch_parallel_for(0, units, grain, run, &context) != 0)
+    throw std::runtime_error("torch_parallel_for failed");
   if (context.error) std::rethrow_exception(context.error);
 }
 
@@ -107,7 +109,8 @@ std::unique_ptr<ChainEvaluation> make_evaluation(const Rows& rows, const Doubles
   }
   for (int64_t n = 0; n < nodes.shape(0); ++n) {
     const int32_t* node = nodes.data(n);
-    if (node[1] < 0 || node[1] >= num_operations || node[2] >= n) throw std::invalid_argument("nodes: bad row");
+    if (node[1] < 0 || node[1] >= num_operations || node[2] >= n)
+      throw std::invalid_argument("nodes: bad row");
     source.nodes.push_back({node[0], node[1], node[2]});
   }
   source.classifier_weight = reinterpret_cast<const void*>(static_cast<intptr_t>(classifier_weight));
@@ -121,7 +124,8 @@ std::unique_ptr<ChainEvaluation> make_evaluation(const Rows& rows, const Doubles
 
 std::vector<PathStep> steps_from(const Steps& steps) {
   std::vector<PathStep> result;
-  for (py::ssize_t i = 0; i < steps.shape(0); ++i) result.push_back({steps.data(i)[0], steps.data(i)[1] != 0});
+  for (py::ssize_t i = 0; i < steps.shape(0); ++i)
+    result.push_back({steps.data(i)[0], steps.data(i)[1] != 0});
   return result;
 }
 
@@ -145,7 +149,8 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
       .def(py::init(&make_evaluation), py::arg("rows").noconvert(), py::arg("eps").noconvert(),
            py::arg("stem_blocks"), py::arg("nodes").noconvert(), py::arg("classifier_weight"),
            py::arg("classifier_bias"), py::arg("classes"), py::arg("precision"))
-      .def("pack", [](ChainEvaluation& e) { e.pack(kParallelFor); }, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "pack", [](ChainEvaluation& e) { e.pack(kParallelFor); }, py::call_guard<py::gil_scoped_release>())
       .def(
           "needed_bytes",
           [](const ChainEvaluation& e, const Steps& steps, int64_t count, int64_t height, int64_t width,
@@ -179,7 +184,8 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
       .def_property_readonly("times",
                              [](const ChainEvaluation& e) {
                                std::vector<std::tuple<double, int64_t, int64_t>> result;
-                               for (const auto& t : e.times()) result.emplace_back(t.seconds, t.calls, t.bytes);
+                               for (const auto& t : e.times())
+                                 result.emplace_back(t.seconds, t.calls, t.bytes);
                                return result;
                              })
       .def_property_readonly("kernels", &ChainEvaluation::kernels)

@@ -30,7 +30,8 @@ class MemoryCache {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = free_.end();
       for (auto m = free_.begin(); m != free_.end(); ++m) {
-        if (m->bytes >= bytes && m->bytes / 4 <= bytes && (best == free_.end() || m->bytes < best->bytes)) best = m;
+        if (m->bytes >= bytes && m->bytes / 4 <= bytes && (best == free_.end() || m->bytes < best->bytes))
+          best = m;
       }
       if (best != free_.end()) {
         Memory memory = std::move(*best);

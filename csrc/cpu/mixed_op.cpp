@@ -48,8 +48,8 @@ class MixedOpRun {
       const int64_t index = a_.input_index[node];
       const T* dense = a_.inputs + index * a_.images * in_shape.pixels() * a_.channels;
       if (op.source.kind == kIdentity) {
-        copy_rows(dense, a_.channels, a_.outputs + node * a_.images * in_shape.pixels() * a_.channels, a_.channels,
-                  in_shape.pixels(), a_.channels);
+        copy_rows(dense, a_.channels, a_.outputs + node * a_.images * in_shape.pixels() * a_.channels,
+                  a_.channels, in_shape.pixels(), a_.channels);
         continue;
       }
       if (index != loaded) {
@@ -80,7 +80,9 @@ class MixedOpRun {
   }
 
   OperationSource source_of(const ChoiceOperation& o, const std::array<double, kBatchNormStages>& eps) const {
-    const auto at = [&](int64_t offset) -> const void* { return offset == kNone ? nullptr : a_.weights + offset; };
+    const auto at = [&](int64_t offset) -> const void* {
+      return offset == kNone ? nullptr : a_.weights + offset;
+    };
     OperationSource s;
     s.channels_fastest = true;
     s.kind = o.kind;
@@ -104,7 +106,8 @@ class MixedOpRun {
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
       if (norms[stage] == kNone) continue;
       const int64_t channels = stage == kProjectBn ? o.out_channels : o.hidden_channels;
-      s.batch_norms[stage] = {at(norms[stage]), at(norms[stage] + padded(channels)), nullptr, nullptr, eps[stage]};
+      s.batch_norms[stage] = {at(norms[stage]), at(norms[stage] + padded(channels)), nullptr, nullptr,
+                              eps[stage]};
     }
     return s;
   }
@@ -130,7 +133,8 @@ class MixedOpRun {
     T* row = a_.used_statistics + node * a_.statistics_width;
     for_stages(op, [&](int64_t stage, int64_t channels) {
       std::copy_n(statistics.stages[stage].mean.data(), channels, row + columns[stage]);
-      std::copy_n(statistics.stages[stage].variance.data(), channels, row + columns[stage] + padded(channels));
+      std::copy_n(statistics.stages[stage].variance.data(), channels,
+                  row + columns[stage] + padded(channels));
     });
     copy_rows(out.data, padded(shape.channels),
               a_.outputs + node * a_.images * shape.pixels() * shape.channels, shape.channels, shape.pixels(),
@@ -145,8 +149,8 @@ class MixedOpRun {
   }
 
   // Rows of channels of all images' pixels; channels that only the target has become 0.
-  void copy_rows(const T* source, int64_t source_stride, T* target, int64_t target_stride, int64_t image_pixels,
-                 int64_t channels) const {
+  void copy_rows(const T* source, int64_t source_stride, T* target, int64_t target_stride,
+                 int64_t image_pixels, int64_t channels) const {
     constexpr int64_t kRows = 256;
     const int64_t rows = a_.images * image_pixels;
     parallel_for_(ceil_div(rows, kRows), kRows * channels, [&](int64_t begin, int64_t end) {

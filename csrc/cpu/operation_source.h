@@ -21,7 +21,8 @@ struct OperationSource {
   int64_t activation = kLinear;
   int64_t se_channels = 0, se_gate = kHsigmoid;
   int64_t residual = 0;
-  // Contiguous as [out, in] and [hidden, kernel, kernel], or, where channels_fastest, as choice_block.h packs them.
+  // Contiguous as [out, in] and [hidden, kernel, kernel], or, where channels_fastest, as choice_block.h packs
+  // them.
   bool channels_fastest = false;
   const void* expand = nullptr;     // [hidden, in]
   const void* depthwise = nullptr;  // [hidden, kernel, kernel]

@@ -41,9 +41,11 @@ struct BatchNorm {
     const int64_t width = padded(channels);
     Affine<C> result{std::vector<C>(width), std::vector<C>(width)};
     for (int64_t c = 0; c < channels; ++c) {
-      const double scale = static_cast<double>(gamma[c]) / std::sqrt(static_cast<double>(moments.variance[c]) + eps);
+      const double scale =
+          static_cast<double>(gamma[c]) / std::sqrt(static_cast<double>(moments.variance[c]) + eps);
       result.scale[c] = static_cast<C>(scale);
-      result.shift[c] = static_cast<C>(static_cast<double>(beta[c]) - static_cast<double>(moments.mean[c]) * scale);
+      result.shift[c] =
+          static_cast<C>(static_cast<double>(beta[c]) - static_cast<double>(moments.mean[c]) * scale);
     }
     return result;
   }
@@ -80,8 +82,8 @@ struct Matrix {
 };
 
 // Rows are output channels, columns input channels -> [group][in][channel of the group], of depth_multiple
-// neighbouring inputs side by side. A few inputs of all channels of a group at a time: what is written stays in
-// the nearest cache.
+// neighbouring inputs side by side. A few inputs of all channels of a group at a time: what is written stays
+// in the nearest cache.
 template <typename T>
 void pack_pointwise(const Matrix<Compute<T>>& weight, int64_t out, int64_t in, int64_t group_width,
                     int64_t depth_multiple, T* packed) {
@@ -97,7 +99,8 @@ void pack_pointwise(const Matrix<Compute<T>>& weight, int64_t out, int64_t in, i
       for (int64_t c = 0; c < real; ++c) {
         const Compute<T>* row = weight.values + (channel + c) * weight.row_stride;
         if (depth_multiple == 1) {
-          for (int64_t k = first; k < last; ++k) group[k * width + c] = round_to(row[k * step], static_cast<T*>(nullptr));
+          for (int64_t k = first; k < last; ++k)
+            group[k * width + c] = round_to(row[k * step], static_cast<T*>(nullptr));
         } else {
           for (int64_t k = first; k < last; k += 2) {
             T* pair = group + k * width + 2 * c;
@@ -118,7 +121,8 @@ void pack_depthwise(const Matrix<C>& weight, int64_t channels, int64_t taps, int
     for (int64_t c = 0; c < width; ++c) {
       const C* row = weight.values + (channel + c) * weight.row_stride;
       for (int64_t tap = 0; tap < taps; ++tap) {
-        packed[channel * taps + tap * width + c] = channel + c < channels ? row[tap * weight.column_stride] : C(0);
+        packed[channel * taps + tap * width + c] =
+            channel + c < channels ? row[tap * weight.column_stride] : C(0);
       }
     }
   }
@@ -216,8 +220,8 @@ class OperationPacker {
       if (!stages[stage]) continue;
       const BatchNormSource& norm = o.batch_norms[stage];
       const int64_t channels = stage == kProjectBn ? o.out_channels : hidden;
-      p.batch_norms[stage] = {padded_copy<C>(norm.gamma, C(1), channels), padded_copy<C>(norm.beta, C(0), channels),
-                              norm.eps, channels};
+      p.batch_norms[stage] = {padded_copy<C>(norm.gamma, C(1), channels),
+                              padded_copy<C>(norm.beta, C(0), channels), norm.eps, channels};
       if (!norm.mean) continue;
       p.running.stages[stage] = {padded_copy<C>(norm.mean, C(0), channels),
                                  padded_copy<C>(norm.variance, C(1), channels)};

@@ -1,6 +1,6 @@
 // expand_depthwise: the expanded map never reaches memory. For each slab and group of hidden channels the
-// expanded, normalised and activated rows pass through a ring of a few rows, which stays in the cache, and the
-// depthwise convolution reads them from there.
+// expanded, normalised and activated rows pass through a ring of a few rows, which stays in the cache, and
+// the depthwise convolution reads them from there.
 //
 // The pixels of a slab are expanded one after the other in tiles of kTileRows, whatever their image and row;
 // a row of the slab lies in the ring at its number modulo ring_rows. Columns of padding stay zero.
@@ -59,7 +59,8 @@ void copy_tile(const FillRing<T>& f) {
     for (int v = 0; v < kVectors; ++v) {
       Vec<C> x = load_values<T>(f.input + r * f.in_stride + v * kLanesEach);
       if (f.scale) {
-        x = activate<kActivation, C>(x * load<C>(f.scale + v * kLanesEach) + load<C>(f.shift + v * kLanesEach));
+        x = activate<kActivation, C>(x * load<C>(f.scale + v * kLanesEach) +
+                                     load<C>(f.shift + v * kLanesEach));
       }
       store<C>(out + v * kLanesEach, x);
     }
@@ -70,8 +71,9 @@ template <typename T, int kVectors>
 auto choose_fill(bool expands, int64_t activation) {
   using Fill = void (*)(const FillRing<T>&);
   Fill fill = nullptr;
-  GREEDYNAS_WITH_ACTIVATION(activation, fill = expands ? static_cast<Fill>(&expand_tile<T, kVectors, kActivation>)
-                                                       : static_cast<Fill>(&copy_tile<T, kVectors, kActivation>))
+  GREEDYNAS_WITH_ACTIVATION(activation, fill = expands
+                                                   ? static_cast<Fill>(&expand_tile<T, kVectors, kActivation>)
+                                                   : static_cast<Fill>(&copy_tile<T, kVectors, kActivation>))
   return fill;
 }
 
@@ -86,7 +88,7 @@ struct DepthwiseRow {
   int64_t columns;
   C* sums;  // [pilot, sum, squares][channels of the group], or null
   bool sets_pilot;
-  bool streams;  // past the cache
+  bool streams;   // past the cache
   T* half_lines;  // [columns][lanes of a vector], where streams and a vector is half a cache line
   int64_t kernel, stride;
 };
@@ -103,7 +105,8 @@ struct RowSums {
   }
 };
 
-// Stores past the cache, in whole cache lines: a vector of C, or, of BFloat16, this vector and the one before.
+// Stores past the cache, in whole cache lines: a vector of C, or, of BFloat16, this vector and the one
+// before.
 template <typename T, int kVectors>
 INLINE void stream_column(const DepthwiseRow<T>& d, int v, int64_t column, Vec<Compute<T>> value) {
   constexpr int kLanesEach = kVectorLanes<Compute<T>>;
@@ -120,7 +123,8 @@ INLINE void stream_column(const DepthwiseRow<T>& d, int v, int64_t column, Vec<C
     T* half = d.half_lines + column * kLanesEach;
     if (v == 0) return store_values<T>(half, value);
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
-    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(low), (__m256i)_mm512_cvtneps_pbh((__m512)value), 1);
+    const __m512i line =
+        _mm512_inserti64x4(_mm512_castsi256_si512(low), (__m256i)_mm512_cvtneps_pbh((__m512)value), 1);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
     return;
   }
@@ -152,8 +156,8 @@ INLINE void store_sums(const DepthwiseRow<T>& d, int v, const RowSums<Compute<T>
 
 // Stores a tile of outputs, those that lie inside the row, and adds them to the sums.
 template <typename T, int kVectors, int kColumns>
-INLINE void finish_columns(const DepthwiseRow<T>& d, int v, int64_t column, const Vec<Compute<T>> (&out)[kColumns],
-                           RowSums<Compute<T>>& sums) {
+INLINE void finish_columns(const DepthwiseRow<T>& d, int v, int64_t column,
+                           const Vec<Compute<T>> (&out)[kColumns], RowSums<Compute<T>>& sums) {
   constexpr int kLanesEach = kVectorLanes<Compute<T>>;
   constexpr int kWidth = kVectors * kLanesEach;
   if (d.sets_pilot && column == 0) sums.pilot = out[0];
@@ -348,7 +352,6 @@ class ExpandDepthwiseRun {
     row.weight = a_.depthwise + channel * a_.kernel * a_.kernel;
     row.columns = out_width_;
     row.sums = a_.partials ? sums : nullptr;
-    row.streams = a_.streams;
     row.half_lines = half_lines_;
     row.rows = kernel_rows_;
     row.kernel = a_.kernel;
@@ -356,6 +359,8 @@ class ExpandDepthwiseRun {
     // A slab of the output: the groups before this one are full.
     T* output = a_.output + (first_image - a_.first_slab * a_.slab_images) * out_pixels * hidden_ +
                 channel * images * out_pixels;
+    // In BFloat16 a slab can begin in the middle of a cache line: its channels are a multiple of half of one.
+    row.streams = a_.streams && reinterpret_cast<uintptr_t>(output) % 64 == 0;
 
     const int64_t padding = a_.kernel / 2;
     int64_t done = 0, phase = 0, pending = 0;  // pixels expanded; the same modulo the ring; pixels in `sums`
@@ -375,7 +380,8 @@ class ExpandDepthwiseRun {
         row.first_row = std::max<int64_t>(0, -top);
         row.last_row = std::min(a_.kernel, a_.height - top);
         for (int64_t k = row.first_row; k < row.last_row; ++k) {
-          kernel_rows_[k] = ring_.rows + (image * a_.height + top + k) % ring_.ring_rows * ring_.row_width * width;
+          kernel_rows_[k] =
+              ring_.rows + (image * a_.height + top + k) % ring_.ring_rows * ring_.row_width * width;
         }
         row.output = output + (image * out_height_ + y) * out_width_ * width;
         row.sets_pilot = image == 0 && y == 0;

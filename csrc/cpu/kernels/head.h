@@ -106,12 +106,14 @@ void pool_group(const HeadPool<T>& h, int64_t slab, int64_t channel) {
       left -= run;
       if (left > 0 && r < rows) continue;
       for (int v = 0; v < kVectors; ++v) {
-        for (int lane = 0; lane < kLanesEach; ++lane) totals[v * kLanesEach + lane] += static_cast<double>(sum[v][lane]);
+        for (int lane = 0; lane < kLanesEach; ++lane)
+          totals[v * kLanesEach + lane] += static_cast<double>(sum[v][lane]);
         sum[v] = Vec<C>{};
       }
       if (left > 0) continue;
       for (int c = 0; c < kWidth; ++c) {
-        output[image * padded(h.channels) + c] = static_cast<C>(totals[c] / static_cast<double>(h.image_pixels));
+        output[image * padded(h.channels) + c] =
+            static_cast<C>(totals[c] / static_cast<double>(h.image_pixels));
         totals[c] = 0;
       }
       ++image;

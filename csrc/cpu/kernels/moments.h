@@ -1,26 +1,40 @@
-// finish: the last BatchNorm and the residual of a block, applied in one pass with the sums for the mean and the
-// centred second moments of its output. From these, pointwise_moments knows the statistics of every pointwise
-// convolution of that output without computing it: mean W m and variance diag(W S W^T).
+// finish: the last BatchNorm and the residual of a block, applied in one pass with the sums for the mean and
+// the centred second moments of its output. From these, pointwise_moments knows the statistics of every
+// pointwise convolution of that output without computing it: mean W m and variance diag(W S W^T).
 //
-// Values are taken relative to a pilot near their mean, multiplied in C over kGramPixels and added up in double.
+// Values are taken relative to a pilot near their mean, multiplied in C over kGramPixels and added up in
+// double.
 
 template <typename T, Activation kActivation>
-INLINE void finish_pixels(const FinishMap<T>& f, int64_t first, int64_t count, Compute<T>* centred) {
+INLINE void finish_pixels(const FinishMap<T>& f, int64_t first, int64_t count, Compute<T>* centred,
+                          double* sums) {
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
   const int64_t stride = padded(f.channels);
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t row = (first + p) * stride;
-    for (int64_t c = 0; c < stride; c += kLanesEach) {
-      Vec<C> x = load_values<T>(f.raw + row + c);
-      if (f.scale) {
-        x = activate<kActivation, C>(x * load<C>(f.scale + c) + load<C>(f.shift + c));
-        if (f.residual) x += load_values<T>(f.residual + row + c);
-        store_values<T>(f.output + row + c, x);
-        if constexpr (sizeof(T) < sizeof(C)) x = load_values<T>(f.output + row + c);  // as consumers read it
-      }
-      if (centred) store<C>(centred + p * stride + c, x - load<C>(f.pilot + c));
+  for (int64_t c = 0; c < stride; c += kLanesEach) {
+    Vec<C> scale{}, shift{}, pilot{}, sum{};
+    if (f.scale) {
+      scale = load<C>(f.scale + c);
+      shift = load<C>(f.shift + c);
     }
+    if (centred) pilot = load<C>(f.pilot + c);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t place = (first + p) * stride + c;
+      Vec<C> x = load_values<T>(f.raw + place);
+      if (f.scale) {
+        x = activate<kActivation, C>(x * scale + shift);
+        if (f.residual) x += load_values<T>(f.residual + place);
+        store_values<T>(f.output + place, x);
+        if constexpr (sizeof(T) < sizeof(C)) x = load_values<T>(f.output + place);  // as consumers read it
+      }
+      if (centred) {
+        const Vec<C> distance = x - pilot;
+        sum += distance;
+        store<C>(centred + p * stride + c, distance);
+      }
+    }
+    if (!centred) continue;
+    for (int lane = 0; lane < kLanesEach; ++lane) sums[c + lane] += static_cast<double>(sum[lane]);
   }
 }
 
@@ -62,13 +76,8 @@ void finish(const FinishMap<T>& f, int64_t first_unit, int64_t last_unit, double
   C* centred = f.pilot ? centred_memory.get(kGramPixels * stride) : nullptr;
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const int64_t first = unit * kGramPixels, count = std::min(kGramPixels, f.pixels - first);
-    GREEDYNAS_WITH_ACTIVATION(f.activation, (finish_pixels<T, kActivation>(f, first, count, centred)))
+    GREEDYNAS_WITH_ACTIVATION(f.activation, (finish_pixels<T, kActivation>(f, first, count, centred, sums)))
     if (!centred) continue;
-    for (int64_t c = 0; c < stride; c += kLanesEach) {
-      Vec<C> sum{};
-      for (int64_t p = 0; p < count; ++p) sum += load<C>(centred + p * stride + c);
-      for (int lane = 0; lane < kLanesEach; ++lane) sums[c + lane] += static_cast<double>(sum[lane]);
-    }
     for (int64_t i = 0; i < stride; i += kGramRows) {
       // Columns from the vector that holds i on.
       for (int64_t j = i / kLanesEach * kLanesEach; j < stride; j += 2 * kLanesEach) {
@@ -104,7 +113,8 @@ const float* group_weights<BFloat16>(const BFloat16* weight, int64_t depth, int6
 
 // covariance: [depth][depth], row i from column i on, what lies right of the diagonal doubled.
 template <typename C, int kVectors>
-void group_moments(const C* mean, const C* covariance, int64_t depth, const C* weight, C* out_mean, C* out_variance) {
+void group_moments(const C* mean, const C* covariance, int64_t depth, const C* weight, C* out_mean,
+                   C* out_variance) {
   constexpr int kLanesEach = kVectorLanes<C>;
   constexpr int kWidth = kVectors * kLanesEach;
   constexpr int kRows = 4;

@@ -1,5 +1,6 @@
-// project, strided and patches: pointwise convolutions whose inputs are first laid out, ready to be multiplied,
-// in a panel of kPanelPixels that stays in the cache: [group of input channels][pixel][channel of the group].
+// project, strided and patches: pointwise convolutions whose inputs are first laid out, ready to be
+// multiplied, in a panel of kPanelPixels that stays in the cache: [group of input channels][pixel][channel of
+// the group].
 
 template <typename T>
 struct Panel {
@@ -61,18 +62,21 @@ struct MultiplyPanel {
     if (sums) {
       store_raw<kFull>(acc, output, stride, p, rows);
     } else {
-      GREEDYNAS_WITH_ACTIVATION(out.activation, (store_mapped<kFull, kActivation>(acc, output, stride, p, rows)))
+      GREEDYNAS_WITH_ACTIVATION(out.activation,
+                                (store_mapped<kFull, kActivation>(acc, output, stride, p, rows)))
     }
   }
 
   template <bool kFull>
-  INLINE void store_raw(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p, int64_t rows) const {
+  INLINE void store_raw(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p,
+                        int64_t rows) const {
     C* part = sums + channel;
     UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<C> pilot = load<C>(part + v * kLanesEach);
       if (sets_pilot && p == 0) store<C>(part + v * kLanesEach, pilot = acc[0][v]);
-      Vec<C> sum = load<C>(part + stride + v * kLanesEach), squares = load<C>(part + 2 * stride + v * kLanesEach);
+      Vec<C> sum = load<C>(part + stride + v * kLanesEach),
+             squares = load<C>(part + 2 * stride + v * kLanesEach);
       UNROLL
       for (int r = 0; r < kTileRows; ++r) {
         if (!kFull && r >= rows) break;
@@ -87,7 +91,8 @@ struct MultiplyPanel {
   }
 
   template <bool kFull, Activation kActivation>
-  INLINE void store_mapped(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p, int64_t rows) const {
+  INLINE void store_mapped(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p,
+                           int64_t rows) const {
     const T* residual = out.residual ? out.residual + (first_pixel + p) * stride + channel : nullptr;
     UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -113,7 +118,7 @@ INLINE void pointwise_blocks(const PointwiseOutput<T>& out, int64_t first_pixel,
   const int64_t stride = padded(out.channels), depth_stride = padded(out.depth);
   thread_local Scratch<T> panel_memory;
   thread_local Scratch<C> sums_memory;
-  Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>) * kPanelPixels)};
+  Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>)*kPanelPixels)};
   C* sums = out.partials ? sums_memory.get(3 * stride) : nullptr;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = block * kBlockPixels, end = std::min(begin + kBlockPixels, total_pixels);
@@ -123,10 +128,12 @@ INLINE void pointwise_blocks(const PointwiseOutput<T>& out, int64_t first_pixel,
       fill(panel, pixel, pixels);
       for (int64_t channel = 0; channel < stride; channel += kGroupWidth<C>) {
         if (kHasNarrowGroup<C> && stride - channel < kGroupWidth<C>) {
-          MultiplyPanel<T, 1>{out, panel, depth_stride, channel, first_pixel + pixel, pixels, sums, pixel == begin}
+          MultiplyPanel<T, 1>{out,    panel, depth_stride,  channel, first_pixel + pixel,
+                              pixels, sums,  pixel == begin}
               .run();
         } else {
-          MultiplyPanel<T, 2>{out, panel, depth_stride, channel, first_pixel + pixel, pixels, sums, pixel == begin}
+          MultiplyPanel<T, 2>{out,    panel, depth_stride,  channel, first_pixel + pixel,
+                              pixels, sums,  pixel == begin}
               .run();
         }
       }
@@ -160,7 +167,8 @@ INLINE void normalise_pixels(const ProjectInput<T>& in, const T* source, int64_t
       const int64_t stop = std::min(pixels, p + left);
       for (; p < stop; ++p) {
         const Vec<C> x = load_values<T>(source + p * kWidth + v * kLanesEach);
-        store_values<T>(out + p * kWidth + v * kLanesEach, activate<kActivation, C>(x * scale + shift) * gate);
+        store_values<T>(out + p * kWidth + v * kLanesEach,
+                        activate<kActivation, C>(x * scale + shift) * gate);
       }
       ++image;
       left = in.image_pixels;
@@ -187,20 +195,23 @@ void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t s
       const T* group = source + channel * slab_pixels + pixel * width;
       T* target = panel.group(channel);
       if (kHasNarrowGroup<C> && width < kGroupWidth<C>) {
-        GREEDYNAS_WITH_ACTIVATION(in.activation, (normalise_pixels<T, 1, kActivation>(in, group, channel, pixels, gates,
-                                                                                      pixel, hidden, target)))
+        GREEDYNAS_WITH_ACTIVATION(
+            in.activation,
+            (normalise_pixels<T, 1, kActivation>(in, group, channel, pixels, gates, pixel, hidden, target)))
       } else {
-        GREEDYNAS_WITH_ACTIVATION(in.activation, (normalise_pixels<T, 2, kActivation>(in, group, channel, pixels, gates,
-                                                                                      pixel, hidden, target)))
+        GREEDYNAS_WITH_ACTIVATION(
+            in.activation,
+            (normalise_pixels<T, 2, kActivation>(in, group, channel, pixels, gates, pixel, hidden, target)))
       }
     }
   };
-  pointwise_blocks<T>(out, first_image * in.image_pixels, slab_pixels, first_block, last_block, slab * blocks_per_slab,
-                      fill);
+  pointwise_blocks<T>(out, first_image * in.image_pixels, slab_pixels, first_block, last_block,
+                      slab * blocks_per_slab, fill);
 }
 
 template <typename T>
-void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block, int64_t last_block) {
+void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block,
+             int64_t last_block) {
   using C = Compute<T>;
   const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
   const int64_t stride = padded(in.channels);
@@ -219,7 +230,8 @@ void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t f
 }
 
 template <typename T>
-void patches(const PatchInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block, int64_t last_block) {
+void patches(const PatchInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block,
+             int64_t last_block) {
   using C = Compute<T>;
   const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
   const int64_t depth_stride = padded(out.depth), padding = in.kernel / 2;

@@ -1,10 +1,10 @@
-// The inner product of every pointwise convolution: rows of inputs, broadcast value by value, times vectors of
-// weights. Sums stay in registers.
+// The inner product of every pointwise convolution: rows of inputs, broadcast value by value, times vectors
+// of weights. Sums stay in registers.
 
 // sums[r] += in[r * in_stride + k] * weight[k][...] over k < depth.
 template <int kRows, int kVectors, typename T>
-INLINE void multiply_rows(Vec<Compute<T>> (&sums)[kRows][kVectors], const T* in, int64_t in_stride, int64_t depth,
-                          const T* weight) {
+INLINE void multiply_rows(Vec<Compute<T>> (&sums)[kRows][kVectors], const T* in, int64_t in_stride,
+                          int64_t depth, const T* weight) {
   constexpr int kLanesEach = kVectorLanes<T>;
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> w[kVectors];
@@ -22,12 +22,13 @@ INLINE void multiply_rows(Vec<Compute<T>> (&sums)[kRows][kVectors], const T* in,
 #if GREEDYNAS_BF16
 // Two neighbouring inputs at a time; depth is even.
 template <int kRows, int kVectors>
-INLINE void multiply_rows(Vec<float> (&sums)[kRows][kVectors], const BFloat16* in, int64_t in_stride, int64_t depth,
-                          const BFloat16* weight) {
+INLINE void multiply_rows(Vec<float> (&sums)[kRows][kVectors], const BFloat16* in, int64_t in_stride,
+                          int64_t depth, const BFloat16* weight) {
   for (int64_t k = 0; k < depth; k += 2) {
     __m512bh w[kVectors];
     UNROLL
-    for (int v = 0; v < kVectors; ++v) w[v] = (__m512bh)_mm512_loadu_si512(weight + k * kVectors * 16 + v * 32);
+    for (int v = 0; v < kVectors; ++v)
+      w[v] = (__m512bh)_mm512_loadu_si512(weight + k * kVectors * 16 + v * 32);
     UNROLL
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;

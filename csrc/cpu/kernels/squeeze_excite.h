@@ -40,13 +40,13 @@ void squeeze(const Squeeze<T>& s, int64_t first_slab, int64_t last_slab) {
         const T* pixels = source + (channel * images + image * width) * in.image_pixels;
         C* out = s.output + (first_image + image) * hidden + channel;
         if (kHasNarrowGroup<C> && width < kGroupWidth<C>) {
-          GREEDYNAS_WITH_ACTIVATION(in.activation,
-                                    (squeeze_pixels<T, 1, kActivation>(pixels, in.image_pixels, in.scale + channel,
-                                                                       in.shift + channel, out)))
+          GREEDYNAS_WITH_ACTIVATION(
+              in.activation, (squeeze_pixels<T, 1, kActivation>(pixels, in.image_pixels, in.scale + channel,
+                                                                in.shift + channel, out)))
         } else {
-          GREEDYNAS_WITH_ACTIVATION(in.activation,
-                                    (squeeze_pixels<T, 2, kActivation>(pixels, in.image_pixels, in.scale + channel,
-                                                                       in.shift + channel, out)))
+          GREEDYNAS_WITH_ACTIVATION(
+              in.activation, (squeeze_pixels<T, 2, kActivation>(pixels, in.image_pixels, in.scale + channel,
+                                                                in.shift + channel, out)))
         }
       }
     }

@@ -1,4 +1,5 @@
-// The table of one instruction set's kernels; a constant, so that nothing of it runs where it is not supported.
+// The table of one instruction set's kernels; a constant, so that nothing of it runs where it is not
+// supported.
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {

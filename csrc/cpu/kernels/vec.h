@@ -20,7 +20,8 @@ template <typename C>
 inline constexpr bool kHasNarrowGroup = kVectorLanes<C> == kLanes;
 
 #if GREEDYNAS_LEVEL >= GREEDYNAS_AVX512
-inline constexpr int kTileRows = 12;  // 12 rows of two vectors of sums, two vectors of weights: 26 of 32 registers
+inline constexpr int kTileRows =
+    12;  // 12 rows of two vectors of sums, two vectors of weights: 26 of 32 registers
 #else
 inline constexpr int kTileRows = 6;
 #endif
@@ -70,7 +71,8 @@ INLINE Vec<float> at_most_six<float>(Vec<float> x) {
 }
 #endif
 
-// exp(x): in float the Cephes polynomial after reduction by multiples of ln 2, within 2 units in the last place.
+// exp(x): in float the Cephes polynomial after reduction by multiples of ln 2, within 2 units in the last
+// place.
 template <typename C>
 INLINE Vec<C> exponential(Vec<C> x) {
   Vec<C> result;
@@ -110,32 +112,32 @@ INLINE Vec<C> activate(Vec<C> x) {
 }
 
 // Calls function<activation>(arguments...) for the activation that is known at run time.
-#define GREEDYNAS_WITH_ACTIVATION(value, call)  \
-  switch (value) {                              \
-    case kRelu: {                               \
-      constexpr Activation kActivation = kRelu; \
-      call;                                     \
-      break;                                    \
-    }                                           \
-    case kRelu6: {                              \
-      constexpr Activation kActivation = kRelu6; \
-      call;                                     \
-      break;                                    \
-    }                                           \
-    case kHswish: {                             \
+#define GREEDYNAS_WITH_ACTIVATION(value, call)    \
+  switch (value) {                                \
+    case kRelu: {                                 \
+      constexpr Activation kActivation = kRelu;   \
+      call;                                       \
+      break;                                      \
+    }                                             \
+    case kRelu6: {                                \
+      constexpr Activation kActivation = kRelu6;  \
+      call;                                       \
+      break;                                      \
+    }                                             \
+    case kHswish: {                               \
       constexpr Activation kActivation = kHswish; \
-      call;                                     \
-      break;                                    \
-    }                                           \
-    case kSilu: {                               \
-      constexpr Activation kActivation = kSilu; \
-      call;                                     \
-      break;                                    \
-    }                                           \
-    default: {                                  \
+      call;                                       \
+      break;                                      \
+    }                                             \
+    case kSilu: {                                 \
+      constexpr Activation kActivation = kSilu;   \
+      call;                                       \
+      break;                                      \
+    }                                             \
+    default: {                                    \
       constexpr Activation kActivation = kLinear; \
-      call;                                     \
-    }                                           \
+      call;                                       \
+    }                                             \
   }
 
 // Values of type T in memory, C = Compute<T> in registers.
