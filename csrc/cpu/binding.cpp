@@ -106,7 +106,8 @@ void run_mixed_op(const ChoiceBlock& block, const Tensor& inputs, const Tensor& 
                              statistics ? statistics->const_data_ptr<T>() : nullptr,
                              block.statistics_width,
                              outputs.mutable_data_ptr<T>(),
-                             used_statistics.mutable_data_ptr<T>()};
+                             used_statistics.mutable_data_ptr<T>(),
+                             static_cast<int64_t>(torch::stable::get_num_threads())};
   mixed_op(arguments, torch_parallel_for);
 }
 

@@ -55,24 +55,29 @@ struct Workspace {
   double *partials, *segments;
   C* gates;  // means, then gates
   C* squeezed;
+  // With known statistics there are this many parts of everything, each for a thread's slab.
+  int64_t parts, depthwise_part, gates_part, squeezed_part;
 };
 
-// How many elements of each part of a workspace operations on `images` images need.
+// How many elements of each kind operations on `images` images need, `threads` working at once.
 struct WorkspaceNeeds {
-  int64_t images;
+  int64_t images, threads;
+  bool of_batch;  // whether statistics are those of the batch
   int64_t depthwise = 0, partials = 0, segments = 0, gates = 0, squeezed = 0;
 
-  void consider(const OperationSource& o, const Shape& in, bool of_batch) {
+  void consider(const OperationSource& o, const Shape& in) {
+    if (o.kind == kIdentity) return;
     const Shape out = in.after(o);
-    gates = std::max(gates, o.se_channels ? 2 * images * padded(o.hidden_channels) : 0);
-    squeezed = std::max(squeezed, images * padded(o.se_channels));
-    if (!of_batch || o.kind == kIdentity) return;
     const SlabCut cut(images, out.pixels());
+    const int64_t at_once = of_batch ? images : cut.images;
+    depthwise = std::max(depthwise, at_once * out.pixels() * padded(o.hidden_channels));
+    gates = std::max(gates, o.se_channels ? 2 * at_once * padded(o.hidden_channels) : 0);
+    squeezed = std::max(squeezed, at_once * padded(o.se_channels));
+    if (!of_batch) return;
     const int64_t blocks = std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels),
                                     ceil_div(images * out.pixels(), kBlockPixels));
     partials =
         std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
-    depthwise = std::max(depthwise, images * out.pixels() * padded(o.hidden_channels));
   }
 
   void consider_moments(const Shape& shape) {
@@ -85,15 +90,23 @@ struct WorkspaceNeeds {
 template <typename T>
 struct WorkspaceLayout {
   using C = Compute<T>;
-  int64_t depthwise, partials, segments, gates, squeezed, end;
+  WorkspaceNeeds needs;
+  int64_t parts, depthwise, partials, segments, gates, squeezed, end;
 
   WorkspaceLayout() = default;
-  WorkspaceLayout(const WorkspaceNeeds& needs, int64_t begin) : end(begin) {
-    depthwise = add(needs.depthwise, sizeof(T));
+  WorkspaceLayout(const WorkspaceNeeds& of, int64_t begin)
+      : needs(of),
+        parts(of.of_batch ? 1 : std::max<int64_t>(1, std::min(of.threads, of.images))),
+        end(begin) {
+    const auto whole_lines = [](int64_t& count) { count = (count + 63) / 64 * 64; };
+    whole_lines(needs.depthwise);
+    whole_lines(needs.gates);
+    whole_lines(needs.squeezed);
+    depthwise = add(parts * needs.depthwise, sizeof(T));
     partials = add(needs.partials, sizeof(double));
     segments = add(needs.segments, sizeof(double));
-    gates = add(needs.gates, sizeof(C));
-    squeezed = add(needs.squeezed, sizeof(C));
+    gates = add(parts * needs.gates, sizeof(C));
+    squeezed = add(parts * needs.squeezed, sizeof(C));
   }
 
   int64_t add(int64_t count, int64_t size) {
@@ -103,9 +116,15 @@ struct WorkspaceLayout {
   }
 
   Workspace<T> at(char* base) const {
-    return {reinterpret_cast<T*>(base + depthwise), reinterpret_cast<double*>(base + partials),
-            reinterpret_cast<double*>(base + segments), reinterpret_cast<C*>(base + gates),
-            reinterpret_cast<C*>(base + squeezed)};
+    return {reinterpret_cast<T*>(base + depthwise),
+            reinterpret_cast<double*>(base + partials),
+            reinterpret_cast<double*>(base + segments),
+            reinterpret_cast<C*>(base + gates),
+            reinterpret_cast<C*>(base + squeezed),
+            parts,
+            needs.depthwise,
+            needs.gates,
+            needs.squeezed};
   }
 };
 
@@ -271,39 +290,40 @@ class BlockRunner {
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t work =
         cut.images * hidden * (in.shape.pixels() * o.in_channels + image_pixels * o.out_channels);
-    parallel_for_(cut.slabs, work, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<T> depthwise;
-      thread_local std::vector<C> pooled, squeezed;
-      depthwise.resize(std::max<std::size_t>(depthwise.size(), cut.images * image_pixels * hidden));
-      ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
-      e.output = depthwise.data();
-      ProjectInput<T> p{
-          e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
-          o.activation, nullptr};
-      const PointwiseOutput<T> to{op.project,
-                                  o.hidden_channels,
-                                  o.out_channels,
-                                  out.data,
-                                  after.scale.data(),
-                                  after.shift.data(),
-                                  kLinear,
-                                  o.residual ? in.data : nullptr,
-                                  nullptr};
-      for (int64_t slab = begin; slab < end; ++slab) {
-        e.first_slab = p.first_slab = slab;
-        k_.expand_depthwise(e, slab * groups, (slab + 1) * groups);
-        const int64_t images = std::min(cut.images, images_ - slab * cut.images);
-        if (o.se_channels > 0) {
-          pooled.resize(2 * cut.images * hidden);
-          squeezed.resize(cut.images * padded(o.se_channels));
-          C* gates = pooled.data() + cut.images * hidden;
-          const int64_t earlier = slab * cut.images * hidden;
-          k_.squeeze({p, o.hidden_channels, pooled.data() - earlier}, slab, slab + 1);
-          excite(op, pooled.data(), images, squeezed.data(), gates,
-                 [&](const Linear<C>& l) { k_.linear(l, 0, ceil_div(padded(l.channels), k_.group_width)); });
-          p.gates = gates - earlier;
+    const int64_t parts = std::min(workspace_.parts, cut.slabs);
+    parallel_for_(parts, work * ceil_div(cut.slabs, parts), [&](int64_t first_part, int64_t last_part) {
+      for (int64_t part = first_part; part < last_part; ++part) {
+        ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
+        e.output = workspace_.depthwise + part * workspace_.depthwise_part;
+        C* pooled = workspace_.gates + part * workspace_.gates_part;
+        C* gates = pooled + cut.images * hidden;
+        C* squeezed = workspace_.squeezed + part * workspace_.squeezed_part;
+        ProjectInput<T> p{
+            e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
+            o.activation, nullptr};
+        const PointwiseOutput<T> to{op.project,
+                                    o.hidden_channels,
+                                    o.out_channels,
+                                    out.data,
+                                    after.scale.data(),
+                                    after.shift.data(),
+                                    kLinear,
+                                    o.residual ? in.data : nullptr,
+                                    nullptr};
+        for (int64_t slab = part * cut.slabs / parts; slab < (part + 1) * cut.slabs / parts; ++slab) {
+          e.first_slab = p.first_slab = slab;
+          k_.expand_depthwise(e, slab * groups, (slab + 1) * groups);
+          const int64_t images = std::min(cut.images, images_ - slab * cut.images);
+          if (o.se_channels > 0) {
+            const int64_t earlier = slab * cut.images * hidden;
+            k_.squeeze({p, o.hidden_channels, pooled - earlier}, slab, slab + 1);
+            excite(op, pooled, images, squeezed, gates, [&](const Linear<C>& l) {
+              k_.linear(l, 0, ceil_div(padded(l.channels), k_.group_width));
+            });
+            p.gates = gates - earlier;
+          }
+          k_.project(p, to, slab, 0, ceil_div(images * image_pixels, kBlockPixels));
         }
-        k_.project(p, to, slab, 0, ceil_div(images * image_pixels, kBlockPixels));
       }
     });
   }

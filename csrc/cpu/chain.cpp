@@ -64,15 +64,15 @@ class Evaluation final : public ChainEvaluation {
   }
 
   int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,
-                       Statistics statistics) const override {
-    return lay_out(steps, count, height, width, statistics).bytes;
+                       Statistics statistics, int64_t threads) const override {
+    return lay_out(steps, count, height, width, statistics, threads).bytes;
   }
 
   void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) override {
     steps_ = steps;
     batch_ = batch;
     statistics_ = statistics;
-    layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics);
+    layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics, batch.threads);
     memory_.at_least(layout_.bytes);
     next_step_ = -1;
   }
@@ -122,23 +122,22 @@ class Evaluation final : public ChainEvaluation {
   }
 
   Layout lay_out(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,
-                 Statistics statistics) const {
+                 Statistics statistics, int64_t threads) const {
     Layout result;
     Arena arena;
     const bool batch = of_batch(statistics);
-    WorkspaceNeeds needs{count};
-    const auto consider = [&](const OperationSource& o, const Shape& in) { needs.consider(o, in, batch); };
+    WorkspaceNeeds needs{count, threads, batch};
     const auto map = [&](const Shape& shape, bool moments) {
       if (moments && batch) needs.consider_moments(shape);
       return arena.allocate(map_bytes(count, shape, moments && batch));
     };
 
     Shape shape{height, width, s_.stem.in_channels};
-    consider(s_.stem, shape);
+    needs.consider(s_.stem, shape);
     shape = shape.after(s_.stem);
     result.stem_map.push_back(map(shape, s_.stem_blocks.empty() ? needs_moments_[0] : expands(0)));
     for (std::size_t i = 0; i < s_.stem_blocks.size(); ++i) {
-      consider(s_.stem_blocks[i], shape);
+      needs.consider(s_.stem_blocks[i], shape);
       shape = shape.after(s_.stem_blocks[i]);
       const bool last = i + 1 == s_.stem_blocks.size();
       result.stem_map.push_back(map(shape, last ? needs_moments_[0] : expands(i + 1)));
@@ -159,7 +158,7 @@ class Evaluation final : public ChainEvaluation {
       const int64_t slot = step.node + 1, parent = s_.nodes[step.node].parent + 1;
       const OperationSource& o = operation_of(step.node);
       const Shape& in = result.shape[parent];
-      consider(o, in);
+      needs.consider(o, in);
       if (o.kind == kIdentity) {
         owner[slot] = owner[parent];
         result.map[slot] = result.map[parent];

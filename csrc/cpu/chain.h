@@ -42,6 +42,7 @@ struct Batch {
   double label_smoothing;
   void* image_losses;  // [leaves][count], of the images' type; leaves in the order of their nodes
   int64_t* correct;    // [leaves]
+  int64_t threads;     // that work at once, at most
 };
 
 struct StageTime {
@@ -59,7 +60,7 @@ class ChainEvaluation {
 
   // Bytes of activations and everything beside them, weights excluded, for a batch of that size.
   virtual int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height,
-                               int64_t width, Statistics statistics) const = 0;
+                               int64_t width, Statistics statistics, int64_t threads) const = 0;
 
   virtual void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) = 0;
 

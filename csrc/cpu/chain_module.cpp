@@ -48,6 +48,12 @@ void torch_parallel_for_each(int64_t units, int64_t unit_work, const RangeBody& 
 
 const ParallelFor kParallelFor = torch_parallel_for_each;
 
+int64_t torch_threads() {
+  uint32_t threads = 1;
+  if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("torch_get_num_threads failed");
+  return threads;
+}
+
 // Columns of a row that describes an operation, in the order of greedynas_ext/fused.py.
 OperationSource operation_from(const int64_t* row, const double* eps) {
   int64_t column = 0;
@@ -155,7 +161,7 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
           "needed_bytes",
           [](const ChainEvaluation& e, const Steps& steps, int64_t count, int64_t height, int64_t width,
              Statistics statistics) {
-            return e.needed_bytes(steps_from(steps), count, height, width, statistics);
+            return e.needed_bytes(steps_from(steps), count, height, width, statistics, torch_threads());
           },
           py::arg("steps"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("statistics"))
       .def(
@@ -173,6 +179,7 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
             batch.label_smoothing = label_smoothing;
             batch.image_losses = reinterpret_cast<void*>(static_cast<intptr_t>(image_losses));
             batch.correct = reinterpret_cast<int64_t*>(static_cast<intptr_t>(correct));
+            batch.threads = torch_threads();
             e.start(steps_from(steps), batch, statistics);
           },
           py::arg("steps"), py::arg("images"), py::arg("sizes"), py::arg("strides"), py::arg("targets"),

@@ -21,11 +21,11 @@ class MixedOpRun {
     std::fill_n(a_.used_statistics, a_.nodes * a_.statistics_width, T(0));
     pack();
     const Shape in_shape{a_.height, a_.width, a_.channels};
-    WorkspaceNeeds needs{a_.images};
+    WorkspaceNeeds needs{a_.images, a_.threads, a_.statistics == nullptr};
     if (!a_.statistics) needs.consider_moments(in_shape);
     int64_t out_elements = 1;
     for (const PackedOperation<T>& op : operations_) {
-      needs.consider(op.source, in_shape, a_.statistics == nullptr);
+      needs.consider(op.source, in_shape);
       out_elements = std::max(out_elements, map_elements(a_.images, in_shape.after(op.source)));
     }
     WorkspaceLayout<T> layout(needs, 0);

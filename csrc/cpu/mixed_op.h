@@ -24,6 +24,7 @@ struct MixedOp {
   int64_t statistics_width;
   T* outputs;          // [nodes, images, out_height, out_width, out_channels]
   T* used_statistics;  // [nodes, statistics_width]; what an operation has no use for is 0
+  int64_t threads;     // that work at once, at most
 };
 
 template <typename T>

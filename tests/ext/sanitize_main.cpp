@@ -1,4 +1,4 @@
-// Runs the CPU kernels, which know no torch, on random problems of odd sizes: built with sanitizers by
+// Runs the CPU operations, which know no torch, on random problems of odd sizes: built with sanitizers by
 // test_ops_sanitize.py. Compares mixed_op with plain loops, and one thread with three, bit by bit. Working
 // memory and outputs begin as NaN (GREEDYNAS_POISON).
 #include <cmath>
@@ -267,11 +267,13 @@ void mixed_op_case(int64_t images, int64_t height, int64_t width, int64_t in, in
                  4,
                  packer.weights.data(),
                  operations.data(),
+                 static_cast<int64_t>(operations.size()),
                  eps.data(),
                  nullptr,
                  width_of_statistics,
                  outputs.data(),
-                 used.data()};
+                 used.data(),
+                 count};
     mixed_op(a, threads(count));
     for (int64_t p = 0; p < 4; ++p) {
       const T* input = inputs.data() + input_index[p] * images * height * width * in;

@@ -258,22 +258,13 @@ RowKernel<T> choose_columns(int64_t out_width) {
 
 template <typename T, int kVectors>
 RowKernel<T> choose_row(int64_t kernel, int64_t stride, int64_t out_width) {
-  switch (kernel * 10 + stride) {
-    case 31:
-      return choose_columns<T, 3, 1, kVectors>(out_width);
-    case 51:
-      return choose_columns<T, 5, 1, kVectors>(out_width);
-    case 71:
-      return choose_columns<T, 7, 1, kVectors>(out_width);
-    case 32:
-      return choose_columns<T, 3, 2, kVectors>(out_width);
-    case 52:
-      return choose_columns<T, 5, 2, kVectors>(out_width);
-    case 72:
-      return choose_columns<T, 7, 2, kVectors>(out_width);
-    default:
-      return {&depthwise_row_of_any<T, 4, kVectors>, 4};
-  }
+  if (stride == 1 && kernel == 3) return choose_columns<T, 3, 1, kVectors>(out_width);
+  if (stride == 1 && kernel == 5) return choose_columns<T, 5, 1, kVectors>(out_width);
+  if (stride == 1 && kernel == 7) return choose_columns<T, 7, 1, kVectors>(out_width);
+  if (stride == 2 && kernel == 3) return choose_columns<T, 3, 2, kVectors>(out_width);
+  if (stride == 2 && kernel == 5) return choose_columns<T, 5, 2, kVectors>(out_width);
+  if (stride == 2 && kernel == 7) return choose_columns<T, 7, 2, kVectors>(out_width);
+  return {&depthwise_row_of_any<T, 4, kVectors>, 4};
 }
 
 template <typename T>
