@@ -12,7 +12,7 @@ help:
 	@echo "make test       the tests, with coverage"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy and clang-format"
-	@echo "make bench      the benchmarks"
+	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine: half an hour; bench/ has more"
 
 $(VENV)/.dependencies: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -42,15 +42,15 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 'bench/*.cpp')
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 'bench/*.cpp')
 
 bench: setup
-	$(BIN)/python bench/evaluate_paths.py
+	$(BIN)/python bench/evaluate_paths.py --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
 
 clean:
 	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

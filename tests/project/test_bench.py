@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -360,3 +361,14 @@ def test_files_of_paths_come_from_a_training_and_a_search(bench, tmp_path):
     pool = read_json(tmp_path / "run/pool.json")["entries"]
     assert read_paths(tmp_path / "mini-16-pool.json", space).tolist() == [entry["path"] for entry in pool]
     assert len(read_paths(tmp_path / "mini-16-population.json", space)) == 4
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_block_are_measured():
+    done = subprocess.run([sys.executable, BENCH / "stages.py"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    first, _, *rows = done.stdout.splitlines()
+    assert re.fullmatch(r"one core: \d+ GMAC/s float32 from registers, [\d.]+ GB/s read from memory", first)
+    assert {row.split()[0] for row in rows} <= {"portable", "avx2", "avx512", "avx512_bf16"}
+    assert len(rows) in (7, 14)
+    assert all(0 < float(share) < 130 for row in rows for share in re.findall(r"([\d.]+)%", row))
