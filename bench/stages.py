@@ -2,9 +2,9 @@
 
 Run: python bench/stages.py
 
-Compiles stages.cpp with the kernels and measures, in one process, the ceilings (multiply-accumulates from registers, bytes
-read from memory) and, for shapes of `mbv2-7`, the three stages: expand_depthwise, project, finish (the last BatchNorm, the
-residual and the moments). Products of bf16 are taken to be twice as many a second as float32's.
+Compiles stages.cpp with the kernels and measures, in one process, the ceilings (multiply-accumulates from registers,
+bytes read from memory) and, for shapes of `mbv2-7`, the three stages: expand_depthwise, project, finish (the last
+BatchNorm, the residual and the moments). Products of bf16 are taken to be twice as many a second as float32's.
 """
 
 from __future__ import annotations
