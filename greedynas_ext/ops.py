@@ -75,9 +75,9 @@ def mixed_op(
     as well: on calibration images they are what `recalibrated` evaluation wants, and the outputs beside them are the
     calibration input of the next layer. Given back as `statistics` they repeat the outputs bit for bit.
 
-    Working memory: the depthwise output [N, H', W', hidden channels] of the node that runs, or with given statistics that
-    of a few images for each thread; beside it one input and one output, channels padded to a multiple of 16. The kernels
-    are those of `evaluate_paths`.
+    Working memory: the depthwise output [N, H', W', hidden channels] of the node that runs, or with given statistics
+    that of a few images for each thread; beside it one input and one output, channels padded to a multiple of 16. The
+    kernels are those of `evaluate_paths`.
 
     Args:
         inputs: float64 or float32 [B, N, H, W, C], N, H, W and C at least 1; made contiguous if they are not.
