@@ -8,7 +8,6 @@ import pytest
 from native_build import COMPILER, build, run
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "flags",
