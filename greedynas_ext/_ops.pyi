@@ -12,7 +12,6 @@ class Statistics(enum.Enum):
 
 class ChainEvaluation:
     kernels: str
-    packed_bytes: int
     times: list[tuple[float, int, int]]
     def __init__(
         self,

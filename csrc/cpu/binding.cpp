@@ -8,21 +8,15 @@
 
 #include "checks.h"
 #include "mixed_op.h"
-#include "parallel.h"
 #include "path_cross_entropy.h"
 #include "select_top_k.h"
+#include "torch_threads.h"
 
 namespace greedynas::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void torch_parallel_for(int64_t units, int64_t unit_work, const RangeBody& body) {
-  constexpr int64_t kWorthAThread = 1 << 17;  // multiplications: about as long as it takes to wake a thread
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, unit_work));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
-}
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(sizes, type);
@@ -66,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> path_cross_entropy_op(const Tensor& logits, c
                                    correct.mutable_data_ptr<int64_t>()};
   if (type == LogitsType::kFloat64) {
     path_cross_entropy(arguments, losses.mutable_data_ptr<double>(), image_losses.mutable_data_ptr<double>(),
-                       torch_parallel_for);
+                       torch_parallel_for_units);
   } else {
     path_cross_entropy(arguments, losses.mutable_data_ptr<float>(), image_losses.mutable_data_ptr<float>(),
-                       torch_parallel_for);
+                       torch_parallel_for_units);
   }
   return {losses, image_losses, correct};
 }
@@ -107,8 +101,8 @@ void run_mixed_op(const ChoiceBlock& block, const Tensor& inputs, const Tensor& 
                              block.statistics_width,
                              outputs.mutable_data_ptr<T>(),
                              used_statistics.mutable_data_ptr<T>(),
-                             static_cast<int64_t>(torch::stable::get_num_threads())};
-  mixed_op(arguments, torch_parallel_for);
+                             torch_threads()};
+  mixed_op(arguments, torch_parallel_for_units);
 }
 
 std::tuple<Tensor, Tensor> mixed_op_op(const Tensor& inputs, const Tensor& input_index,

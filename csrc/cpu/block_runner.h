@@ -12,121 +12,12 @@
 #include "parallel.h"
 #include "statistics.h"
 #include "weights.h"
+#include "workspace.h"
 
 namespace greedynas::cpu {
 
-struct Shape {
-  int64_t height, width, channels;
-
-  int64_t pixels() const { return height * width; }
-  Shape after(const OperationSource& op) const {
-    return {ceil_div(height, op.stride), ceil_div(width, op.stride), op.out_channels};
-  }
-};
-
-template <typename T>
-struct Map {
-  T* data = nullptr;  // with kSlackRows behind it where anything reads it
-  Shape shape{};
-  MapMoments<Compute<T>> moments{};  // null where nobody asks for them
-};
-
-inline int64_t map_elements(int64_t images, const Shape& shape) {
-  return (images * shape.pixels() + kSlackRows) * padded(shape.channels);
-}
-
-// What lies behind a map is read in whole tiles; it only has to be there and be no trap.
-template <typename T>
-void clear_slack(const Map<T>& map, int64_t images) {
-  const int64_t stride = padded(map.shape.channels);
-  std::fill_n(map.data + images * map.shape.pixels() * stride, kSlackRows * stride, T{});
-}
-
-inline constexpr int64_t kStreamedBytes =
-    16 << 20;                                // maps of this size leave the cache before they are read again
-inline constexpr int64_t kMostSegments = 8;  // of a map, whose products `finish` sums up separately
-
-inline int64_t segments_of(int64_t pixels) { return std::min(kMostSegments, ceil_div(pixels, kGramPixels)); }
-
-template <typename T>
-struct Workspace {
-  using C = Compute<T>;
-  T* depthwise;
-  double *partials, *segments;
-  C* gates;  // means, then gates
-  C* squeezed;
-  // With known statistics there are this many parts of everything, each for a thread's slab.
-  int64_t parts, depthwise_part, gates_part, squeezed_part;
-};
-
-// How many elements of each kind operations on `images` images need, `threads` working at once.
-struct WorkspaceNeeds {
-  int64_t images, threads;
-  bool of_batch;  // whether statistics are those of the batch
-  int64_t depthwise = 0, partials = 0, segments = 0, gates = 0, squeezed = 0;
-
-  void consider(const OperationSource& o, const Shape& in) {
-    if (o.kind == kIdentity) return;
-    const Shape out = in.after(o);
-    const SlabCut cut(images, out.pixels());
-    const int64_t at_once = of_batch ? images : cut.images;
-    depthwise = std::max(depthwise, at_once * out.pixels() * padded(o.hidden_channels));
-    gates = std::max(gates, o.se_channels ? 2 * at_once * padded(o.hidden_channels) : 0);
-    squeezed = std::max(squeezed, at_once * padded(o.se_channels));
-    if (!of_batch) return;
-    const int64_t blocks = std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels),
-                                    ceil_div(images * out.pixels(), kBlockPixels));
-    partials =
-        std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
-  }
-
-  void consider_moments(const Shape& shape) {
-    const int64_t stride = padded(shape.channels);
-    segments = std::max(segments, segments_of(images * shape.pixels()) * stride * (stride + 1));
-  }
-};
-
-// Offsets in bytes of a workspace, from `begin` on.
-template <typename T>
-struct WorkspaceLayout {
-  using C = Compute<T>;
-  WorkspaceNeeds needs;
-  int64_t parts, depthwise, partials, segments, gates, squeezed, end;
-
-  WorkspaceLayout() = default;
-  WorkspaceLayout(const WorkspaceNeeds& of, int64_t begin)
-      : needs(of),
-        parts(of.of_batch ? 1 : std::max<int64_t>(1, std::min(of.threads, of.images))),
-        end(begin) {
-    const auto whole_lines = [](int64_t& count) { count = (count + 63) / 64 * 64; };
-    whole_lines(needs.depthwise);
-    whole_lines(needs.gates);
-    whole_lines(needs.squeezed);
-    depthwise = add(parts * needs.depthwise, sizeof(T));
-    partials = add(needs.partials, sizeof(double));
-    segments = add(needs.segments, sizeof(double));
-    gates = add(parts * needs.gates, sizeof(C));
-    squeezed = add(parts * needs.squeezed, sizeof(C));
-  }
-
-  int64_t add(int64_t count, int64_t size) {
-    const int64_t offset = end;
-    end += (count * size + 63) / 64 * 64;
-    return offset;
-  }
-
-  Workspace<T> at(char* base) const {
-    return {reinterpret_cast<T*>(base + depthwise),
-            reinterpret_cast<double*>(base + partials),
-            reinterpret_cast<double*>(base + segments),
-            reinterpret_cast<C*>(base + gates),
-            reinterpret_cast<C*>(base + squeezed),
-            parts,
-            needs.depthwise,
-            needs.gates,
-            needs.squeezed};
-  }
-};
+// Depthwise outputs of this size leave the cache before they are read again.
+inline constexpr int64_t kStreamedBytes = 16 << 20;
 
 template <typename C>
 C value_of(C x) {

@@ -45,8 +45,8 @@ class Evaluation final : public ChainEvaluation {
     std::vector<OperationSource> sources{s_.stem, s_.head};
     sources.insert(sources.end(), s_.stem_blocks.begin(), s_.stem_blocks.end());
     sources.insert(sources.end(), s_.operations.begin(), s_.operations.end());
-    OperationPacker<T> packer(k_);
-    std::vector<PackedOperation<T>> packed = packer.pack(sources, packed_memory_, parallel_for);
+    std::vector<PackedOperation<T>> packed =
+        OperationPacker<T>(k_).pack(sources, packed_memory_, parallel_for);
     const auto blocks = packed.begin() + 2, operations = blocks + static_cast<int64_t>(s_.stem_blocks.size());
     stem_ = std::move(packed[0]);
     head_ = std::move(packed[1]);
@@ -54,7 +54,6 @@ class Evaluation final : public ChainEvaluation {
     operations_.assign(std::make_move_iterator(operations), std::make_move_iterator(packed.end()));
 
     const int64_t size = padded(s_.classes) * s_.head.out_channels;
-    packed_bytes_ = packer.bytes() + (size + padded(s_.classes)) * int64_t{sizeof(C)};
     classifier_ =
         reinterpret_cast<C*>(classifier_memory_.at_least((size + padded(s_.classes)) * int64_t{sizeof(C)}));
     classifier_bias_ = classifier_ + size;
@@ -93,19 +92,16 @@ class Evaluation final : public ChainEvaluation {
 
   const std::vector<StageTime>& times() const override { return times_; }
   const char* kernels() const override { return k_.name; }
-  int64_t packed_bytes() const override { return packed_bytes_; }
 
  private:
-  // ---- weights
-
   const OperationSource& operation_of(int64_t node) const { return s_.operations[s_.nodes[node].op]; }
 
   // ---- memory
 
   struct Layout {
     int64_t bytes = 0;
-    std::vector<int64_t>
-        map;  // offset of the stem's output and of each node's; identities share their parent's
+    // Offsets of the stem's output and of each node's; identities share their parent's.
+    std::vector<int64_t> map;
     std::vector<Shape> shape;       // likewise
     std::vector<int64_t> stem_map;  // of the stem's convolution and blocks; the last is map[0]
     WorkspaceLayout<T> workspace;
@@ -254,7 +250,7 @@ class Evaluation final : public ChainEvaluation {
       }
       map = out;
     }
-    record(0, since, map);
+    record(0, since, bytes_of(map));
   }
 
   void run_node(int64_t node) {
@@ -269,7 +265,7 @@ class Evaluation final : public ChainEvaluation {
       clear_slack(out, batch_.count);
       runner().run(op, known(op, site), used(site), in, out);
     }
-    record(1 + s_.nodes[node].layer, since, out);
+    record(1 + s_.nodes[node].layer, since, bytes_of(out));
     if (leaf_of_node_[node] >= 0) run_head(node, out);
   }
 
@@ -290,18 +286,16 @@ class Evaluation final : public ChainEvaluation {
     const HeadPool<T> h{
         in.data,  batch_.count,       in.shape.pixels(),  in.shape.channels,  cut.images, head_.project,
         channels, after.scale.data(), after.shift.data(), s_.head.activation, pooled};
-    (*parallel_for_)(cut.slabs* ceil_div(padded(channels), k_.group_width),
-                     cut.images* in.shape.pixels() * in.shape.channels * k_.group_width,
-                     [&](int64_t begin, int64_t end) { k_.head_pool(h, begin, end); });
+    const int64_t units = cut.slabs * ceil_div(padded(channels), k_.group_width);
+    const int64_t work = cut.images * in.shape.pixels() * in.shape.channels * k_.group_width;
+    (*parallel_for_)(units, work, [&](int64_t begin, int64_t end) { k_.head_pool(h, begin, end); });
     C* logits = at<C>(layout_.logits);
     Linear<C> l = run.linear(pooled, batch_.count, padded(channels), channels, classifier_, classifier_bias_,
                              s_.classes, kNoActivation, logits);
     l.out_stride = s_.classes;
     l.padded_output = false;
     run.linear_everywhere(l);
-    times_[num_layers_ + 1].seconds += now() - since;
-    ++times_[num_layers_ + 1].calls;
-    times_[num_layers_ + 1].bytes += batch_.count * s_.classes * int64_t{sizeof(C)};
+    record(num_layers_ + 1, since, batch_.count * s_.classes * int64_t{sizeof(C)});
 
     since = now();
     C loss;
@@ -318,15 +312,17 @@ class Evaluation final : public ChainEvaluation {
                                      batch_.correct + leaf};
     path_cross_entropy(arguments, &loss, static_cast<C*>(batch_.image_losses) + leaf * batch_.count,
                        *parallel_for_);
-    times_[num_layers_ + 2].seconds += now() - since;
-    ++times_[num_layers_ + 2].calls;
-    times_[num_layers_ + 2].bytes += batch_.count * int64_t{sizeof(C)};
+    record(num_layers_ + 2, since, batch_.count * int64_t{sizeof(C)});
   }
 
-  void record(int64_t stage, double since, const Map<T>& out) {
+  int64_t bytes_of(const Map<T>& map) const {
+    return batch_.count * map.shape.pixels() * map.shape.channels * int64_t{sizeof(T)};
+  }
+
+  void record(int64_t stage, double since, int64_t output_bytes) {
     times_[stage].seconds += now() - since;
     ++times_[stage].calls;
-    times_[stage].bytes += batch_.count * out.shape.pixels() * out.shape.channels * int64_t{sizeof(T)};
+    times_[stage].bytes += output_bytes;
   }
 
   ChainSource s_;
@@ -335,7 +331,6 @@ class Evaluation final : public ChainEvaluation {
   std::vector<int64_t> leaf_of_node_;  // or -1
   std::vector<char> needs_moments_;    // [node + 1], 0: the stem's output
   CachedMemory packed_memory_, classifier_memory_;
-  int64_t packed_bytes_ = 0;
   PackedOperation<T> stem_, head_;
   std::vector<PackedOperation<T>> stem_blocks_, operations_;
   C *classifier_ = nullptr, *classifier_bias_ = nullptr;

@@ -71,7 +71,6 @@ class ChainEvaluation {
   virtual const std::vector<StageTime>& times() const = 0;
 
   virtual const char* kernels() const = 0;
-  virtual int64_t packed_bytes() const = 0;
 };
 
 // Throws std::invalid_argument for GREEDYNAS_CPU_CAPABILITY (capability.h). kBFloat16 computes in float where

@@ -3,15 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/stable/c/shim.h>
 
-#include <exception>
-#include <mutex>
 #include <stdexcept>
 
 #include "capability.h"
 #include "chain.h"
 #include "memory_cache.h"
+#include "torch_threads.h"
 
 namespace py = pybind11;
 using namespace greedynas;
@@ -23,36 +21,7 @@ using Rows = py::array_t<int64_t, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
 using Steps = py::array_t<int32_t, py::array::c_style>;
 
-// ATen's pool; the first exception of a thread is thrown again where the loop was called.
-void torch_parallel_for_each(int64_t units, int64_t unit_work, const RangeBody& body) {
-  constexpr int64_t kWorthAThread = 1 << 17;  // multiplications: about as long as it takes to wake a thread
-  struct Context {
-    const RangeBody& body;
-    std::mutex mutex;
-    std::exception_ptr error;
-  } context{body, {}, nullptr};
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, unit_work));
-  const auto run = [](int64_t begin, int64_t end, void* opaque) {
-    auto& c = *static_cast<Context*>(opaque);
-    try {
-      c.body(begin, end);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(c.mutex);
-      if (!c.error) c.error = std::current_exception();
-    }
-  };
-  if (torch_parallel_for(0, units, grain, run, &context) != 0)
-    throw std::runtime_error("torch_parallel_for failed");
-  if (context.error) std::rethrow_exception(context.error);
-}
-
-const ParallelFor kParallelFor = torch_parallel_for_each;
-
-int64_t torch_threads() {
-  uint32_t threads = 1;
-  if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("torch_get_num_threads failed");
-  return threads;
-}
+const ParallelFor kParallelFor = torch_parallel_for_units;
 
 // Columns of a row that describes an operation, in the order of greedynas_ext/fused.py.
 OperationSource operation_from(const int64_t* row, const double* eps) {
@@ -195,6 +164,5 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
                                  result.emplace_back(t.seconds, t.calls, t.bytes);
                                return result;
                              })
-      .def_property_readonly("kernels", &ChainEvaluation::kernels)
-      .def_property_readonly("packed_bytes", &ChainEvaluation::packed_bytes);
+      .def_property_readonly("kernels", &ChainEvaluation::kernels);
 }

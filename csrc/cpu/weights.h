@@ -153,16 +153,13 @@ class OperationPacker {
     Arena arena;
     std::vector<Parts> parts;
     for (const OperationSource& source : sources) parts.push_back(place(source, arena));
-    bytes_ = arena.size();
-    char* base = memory.at_least(bytes_);
+    char* base = memory.at_least(arena.size());
     std::vector<PackedOperation<T>> packed(sources.size());
     parallel_for(static_cast<int64_t>(sources.size()), 1 << 20, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) packed[i] = pack_one(sources[i], parts[i], base);
     });
     return packed;
   }
-
-  int64_t bytes() const { return bytes_; }
 
  private:
   struct Parts {
@@ -230,7 +227,6 @@ class OperationPacker {
   }
 
   const Kernels<T>& k_;
-  int64_t bytes_ = 0;
 };
 
 }  // namespace greedynas::cpu

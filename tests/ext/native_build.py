@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent
 CSRC = FOLDER.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-WITH_TORCH = ("binding.cpp", "chain_module.cpp")
+WITH_TORCH = ("binding.cpp", "chain_module.cpp", "torch_threads.cpp")
 LIBRARY = [
     CSRC / "path_plan.cpp",
     *(source for source in sorted((CSRC / "cpu").glob("*.cpp")) if source.name not in WITH_TORCH),

@@ -1,6 +1,7 @@
 // All kernels of one instruction set, in the order in which they build on each other.
 #include "vec.h"
 //
+#include "depthwise_row.h"
 #include "rows.h"
 //
 #include "expand_depthwise.h"

@@ -5,10 +5,10 @@
 template <typename T>
 struct Panel {
   T* values;
-  // Where the next panel comes from, laid out likewise with this many pixels for each group; or null. It is
-  // fetched while this one is multiplied.
-  const T* next = nullptr;
-  int64_t next_pixels = 0;
+  // What panels are made from, laid out likewise with source_pixels pixels for each group; or null. From
+  // next_pixel on it is fetched while this panel is multiplied.
+  const T* source = nullptr;
+  int64_t source_pixels = 0, next_pixel = 0;
 
   // Of an input channel group that begins at `channel`.
   T* group(int64_t channel) const { return values + channel * kPanelPixels; }
@@ -48,8 +48,9 @@ struct MultiplyPanel {
     const T* weight = out.weight + channel * depth;
     for (int64_t k = 0; k < depth; k += kGroupWidth<C>) {
       const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - k);
-      if (panel.next && channel == 0) {
-        const char* next = reinterpret_cast<const char*>(panel.next + k * panel.next_pixels + p * width);
+      if (panel.source && channel == 0) {
+        const T* pixels_ahead = panel.source + k * panel.source_pixels + (panel.next_pixel + p) * width;
+        const char* next = reinterpret_cast<const char*>(pixels_ahead);
         for (int64_t line = 0; line < kTileRows * width * int64_t{sizeof(T)}; line += 64) {
           __builtin_prefetch(next + line, 0, 2);
         }
@@ -187,9 +188,9 @@ void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t s
   const T* source = in.depthwise + (slab - in.first_slab) * in.slab_images * in.image_pixels * hidden;
   const C* gates = in.gates ? in.gates + first_image * hidden : nullptr;
   const auto fill = [&](Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
-    // (Of the narrow group, if there is one, the rows lie closer; its next ones are missed by a little.)
-    panel.next = source + (pixel + kPanelPixels) * kGroupWidth<C>;
-    panel.next_pixels = slab_pixels;
+    panel.source = source;
+    panel.source_pixels = slab_pixels;
+    panel.next_pixel = pixel + kPanelPixels;
     for (int64_t channel = 0; channel < hidden; channel += kGroupWidth<C>) {
       const int64_t width = std::min<int64_t>(kGroupWidth<C>, hidden - channel);
       const T* group = source + channel * slab_pixels + pixel * width;
