@@ -12,7 +12,7 @@ help:
 	@echo "make test       the tests, with coverage"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy and clang-format"
-	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine: half an hour; bench/ has more"
+	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
 
 $(VENV)/.dependencies: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }

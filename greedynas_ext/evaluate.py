@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain, SupernetLike
-from greedynas_ext.fused import FusedChain, FusedEngine, fused_precision, refused
+from greedynas_ext.fused import FusedEngine, fused_precision, refused
+from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
@@ -131,7 +132,7 @@ def evaluate_paths(
     trie = Trie(checked_paths)
     engine: FusedEngine | ModuleEngine
     kind = fused_precision(dtype, precision)
-    described = _description(chain, trie, modules, images, kind, bn) if fused is not False else "fused=False"
+    described = _description(chain, trie, images, kind, bn) if fused is not False else "fused=False"
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
@@ -171,11 +172,9 @@ def evaluate_paths(
     )
 
 
-def _description(
-    chain: Chain, trie: Trie, modules: Sequence[nn.Module], images: object, kind: str, bn: str
-) -> FusedChain | str:
+def _description(chain: Chain, trie: Trie, images: object, kind: str, bn: str) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
-    reason = refused(modules, images, kind)
+    reason = refused(images, kind)
     if reason is not None:
         return reason
     with held_interrupts(), torch.no_grad():

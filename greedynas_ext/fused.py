@@ -1,23 +1,23 @@
 """The fused engine: a chain whose parts are all recognised, evaluated by C++ kernels from the images to the losses.
 
-The kernels (csrc/cpu) compute what the modules compute, in another order: no map between the convolutions of a block
-is stored, statistics of a pointwise convolution come from the moments of its input, and no Python runs between layers.
+The kernels (csrc/cpu) compute what the modules compute, in another order: of the maps inside a block none but the
+depthwise convolution's output is stored (with known statistics for a few images at a time), statistics of a pointwise
+convolution come from the moments of its input, and no Python runs between layers.
 Weights are packed at each call, so a change of theirs, however it was made, is seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from greedynas_ext import _library
-from greedynas_ext.arguments import Chain
 from greedynas_ext.block_layout import ACTIVATIONS, GATES, KINDS
+from greedynas_ext.fused_chain import FusedChain, operation_norms, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import (
     BatchNormWeights,
@@ -26,89 +26,13 @@ from greedynas_ext.packing import (
     InvertedBottleneckWeights,
     OperationWeights,
 )
-from greedynas_ext.plan import STEM, Trie
-from greedynas_ext.recognise import (
-    HeadWeights,
-    StemWeights,
-    Unrecognised,
-    recognise_head,
-    recognise_operation,
-    recognise_stem,
-)
+from greedynas_ext.plan import Trie
 from greedynas_ext.runner import StageProfile
 
 OnScores: TypeAlias = Callable[[Sequence[int], Tensor, Tensor], None]
 
 _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}  # of images and weights handed over
-
-
-@dataclass(frozen=True)
-class FusedChain:
-    """The parts of a chain that a set of paths uses, described; `operations` by (layer, operation)."""
-
-    stem: StemWeights
-    operations: dict[tuple[int, int], OperationWeights]
-    head: HeadWeights
-
-    @classmethod
-    def of(cls, chain: Chain, trie: Trie) -> FusedChain | str:
-        """The description, or why there is none."""
-        stem = recognise_stem(chain.stem)
-        if isinstance(stem, Unrecognised):
-            return f"supernet.stem: {stem.reason}"
-        channels = stem.blocks[-1].project.shape[0] if stem.blocks else stem.conv.shape[0]
-        widths = [int(channels)] + [0] * trie.num_layers
-        operations: dict[tuple[int, int], OperationWeights] = {}
-        for layer, op in sorted({(node.layer, node.op) for node in trie.nodes}):
-            place = f"supernet.choices[{layer}][{op}]"
-            operation = recognise_operation(chain.choices[layer][op], widths[layer])
-            if isinstance(operation, Unrecognised):
-                return f"{place}: {operation.reason}"
-            into, out, _ = _shape(operation)
-            if into != widths[layer]:
-                return f"{place}: takes {into} channels where there are {widths[layer]}"
-            if widths[layer + 1] not in (0, out):
-                return f"{place}: gives {out} channels where another operation gives {widths[layer + 1]}"
-            widths[layer + 1] = out
-            operations[layer, op] = operation
-        head = recognise_head(chain.head)
-        if isinstance(head, Unrecognised):
-            return f"supernet.head: {head.reason}"
-        if head.conv.shape[1] != widths[-1]:
-            return f"supernet.head: takes {head.conv.shape[1]} channels where there are {widths[-1]}"
-        strides = {(layer, _shape(operation)[2]) for (layer, _), operation in operations.items()}
-        if len(strides) != trie.num_layers:
-            return "supernet.choices: a layer's operations differ in their stride"
-        return cls(stem, operations, head)
-
-    def lacks_running_statistics(self) -> bool:
-        """Whether a batch normalisation stores none."""
-        blocks = [*self.stem.blocks, *self.operations.values()]
-        norms = [self.stem.bn, self.head.bn, *(norm for block in blocks for norm in _norms(block) if norm is not None)]
-        return any(norm.running_mean is None or norm.running_var is None for norm in norms)
-
-
-def _shape(operation: OperationWeights) -> tuple[int, int, int]:
-    """Channels in, channels out, stride."""
-    if isinstance(operation, IdentityWeights):
-        return operation.channels, operation.channels, 1
-    if isinstance(operation, ConvBNWeights):
-        return operation.weight.shape[1], operation.weight.shape[0], operation.stride
-    first = operation.depthwise if operation.expand is None else operation.expand
-    into = first.shape[0] if operation.expand is None else first.shape[1]
-    return into, operation.project.shape[0], operation.stride
-
-
-def _norms(
-    operation: OperationWeights,
-) -> tuple[BatchNormWeights | None, BatchNormWeights | None, BatchNormWeights | None]:
-    """After expand, depthwise and project."""
-    if isinstance(operation, IdentityWeights):
-        return None, None, None
-    if isinstance(operation, ConvBNWeights):
-        return None, None, operation.bn
-    return operation.expand_bn, operation.depthwise_bn, operation.project_bn
 
 
 class _Rows:
@@ -137,7 +61,7 @@ class _Rows:
 
     def operation(self, operation: OperationWeights) -> None:
         """A choice."""
-        into, out, stride = _shape(operation)
+        into, out, stride = operation_shape(operation)
         if isinstance(operation, IdentityWeights):
             self._add([KINDS["identity"], into, 0, out, 1, 1, 0, 0, 0, 0], [None] * 7, (None, None, None))
         elif isinstance(operation, ConvBNWeights):
@@ -146,7 +70,7 @@ class _Rows:
             self._bottleneck(operation)
 
     def _bottleneck(self, block: InvertedBottleneckWeights) -> None:
-        into, out, stride = _shape(block)
+        into, out, stride = operation_shape(block)
         hidden, kernel = block.depthwise.shape[0], block.depthwise.shape[2]
         se = block.squeeze_excitation
         squeezed, gate = (0, 0) if se is None else (se.reduce_weight.shape[0], GATES[se.gate])
@@ -156,7 +80,7 @@ class _Rows:
         if se is not None:
             excitation = [se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias]
         weights = [block.expand, block.depthwise, *excitation, block.project]
-        self._add([*shape, squeezed, gate, int(block.residual)], weights, _norms(block))
+        self._add([*shape, squeezed, gate, int(block.residual)], weights, operation_norms(block))
 
     def _add(
         self, shape: list[int], weights: Sequence[Tensor | None], norms: Sequence[BatchNormWeights | None]
@@ -249,12 +173,12 @@ class FusedEngine:
 
     def macs(self) -> tuple[int, int]:
         """Of one image: (computed, saved)."""
-        stem, nodes, head = self._macs_of_parts()
+        stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         return self._trie.macs(stem, nodes, dict.fromkeys(self._leaves, head))
 
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; `images` in all."""
-        stem, nodes, head = self._macs_of_parts()
+        stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         layers = [0] * self._trie.num_layers
         for node, macs in zip(self._trie.nodes, nodes, strict=True):
             layers[node.layer] += macs
@@ -271,7 +195,7 @@ class FusedEngine:
             raise ValueError(f"{argument}: expected {channels} channels, got {list(images.shape)}")
         self._resolution = (images.shape[2], images.shape[3])
         if self._bn == "batch" or argument == "calibration":
-            self._check_single_values(argument, len(images))
+            self._fused.check_single_values(argument, self._trie, len(images), self._resolution)
         return images.to(self._dtype)
 
     def _run(
@@ -323,98 +247,19 @@ class FusedEngine:
             advice = "; fewer images, or micro_batch=, which changes the statistics, need less"
         raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
 
-    def _walk(self) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-        """Height and width of the stem's output and of each node's."""
-        fused = self._fused
-        stem = _after(self._resolution, fused.stem.stride)
-        for block in fused.stem.blocks:
-            stem = _after(stem, block.stride)
-        sizes: list[tuple[int, int]] = []
-        for node in self._trie.nodes:
-            into = stem if node.parent == STEM else sizes[node.parent]
-            sizes.append(_after(into, _shape(fused.operations[node.layer, node.op])[2]))
-        return stem, sizes
-
-    def _macs_of_parts(self) -> tuple[int, list[int], int]:
-        """Of one image: the stem, each node, a head."""
-        fused = self._fused
-        size = _after(self._resolution, fused.stem.stride)
-        stem = size[0] * size[1] * fused.stem.conv.numel()
-        for block in fused.stem.blocks:
-            stem += _bottleneck_macs(block, size)
-            size = _after(size, block.stride)
-        _, sizes = self._walk()
-        nodes = []
-        for node in self._trie.nodes:
-            operation = fused.operations[node.layer, node.op]
-            into = size if node.parent == STEM else sizes[node.parent]
-            if isinstance(operation, IdentityWeights):
-                nodes.append(0)
-            elif isinstance(operation, ConvBNWeights):
-                height, width = _after(into, operation.stride)
-                nodes.append(height * width * operation.weight.numel())
-            else:
-                nodes.append(_bottleneck_macs(operation, into))
-        height, width = sizes[self._leaves[0]]
-        return stem, nodes, height * width * fused.head.conv.numel() + fused.head.weight.numel()
-
-    def _check_single_values(self, argument: str, count: int) -> None:
-        """Batch statistics of a single value per channel are refused, as torch does."""
-        fused = self._fused
-
-        def check(place: str, size: tuple[int, int], channels: int) -> None:
-            if count * size[0] * size[1] == 1:
-                raise ValueError(
-                    f"{argument}: a batch normalisation in {place} sees a single value per channel (its input is "
-                    f"{[1, channels, 1, 1]}), whose variance is no statistic; expected more images or a larger "
-                    f"resolution, or bn='running'"
-                )
-
-        size = _after(self._resolution, fused.stem.stride)
-        check("supernet.stem", size, fused.stem.conv.shape[0])
-        for block in fused.stem.blocks:
-            size = _after(size, block.stride)
-            check("supernet.stem", size, block.project.shape[0])
-        _, sizes = self._walk()
-        for node, out in zip(self._trie.nodes, sizes, strict=True):
-            operation = fused.operations[node.layer, node.op]
-            if not isinstance(operation, IdentityWeights):
-                check(f"supernet.choices[{node.layer}][{node.op}]", out, _shape(operation)[1])
-        check("supernet.head", sizes[self._leaves[0]], fused.head.conv.shape[0])
-
-
-def _after(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
-def _bottleneck_macs(block: InvertedBottleneckWeights, into: tuple[int, int]) -> int:
-    height, width = _after(into, block.stride)
-    macs = height * width * (block.depthwise.numel() + block.project.numel())
-    if block.expand is not None:
-        macs += into[0] * into[1] * block.expand.numel()
-    if block.squeeze_excitation is not None:
-        macs += block.squeeze_excitation.reduce_weight.numel() + block.squeeze_excitation.expand_weight.numel()
-    return int(macs)
-
 
 def fused_precision(dtype: torch.dtype | None, precision: str | None) -> str:
     """In what the fused engine computes a supernet of `dtype`: "fp64", "fp32", "bf16", or why it does not."""
-    if precision == "fp32":
-        return "fp32"
-    if precision == "bf16":
-        return "bf16"
+    if precision is not None:
+        return precision
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         return "bf16" if dtype == torch.bfloat16 else f"autocast to {dtype} is not computed"
-    known = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-    return (
-        f"a supernet of {dtype} is not computed"
-        if dtype is None
-        else known.get(dtype, f"a supernet of {dtype} is not computed")
-    )
+    known: dict[torch.dtype | None, str] = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+    return known.get(dtype, f"a supernet of {dtype} is not computed")
 
 
-def refused(modules: Sequence[nn.Module], images: object, precision: str) -> str | None:
+def refused(images: object, precision: str) -> str | None:
     """Why the fused engine is not used whatever the modules compute; None where nothing speaks against it."""
     if precision not in _DTYPES:
         return precision
@@ -424,8 +269,7 @@ def refused(modules: Sequence[nn.Module], images: object, precision: str) -> str
         return f"images on {images.device}"
     if not _library.ops_available():
         return "greedynas_ext._ops could not be loaded"
-    devices = {parameter.device.type for module in modules for parameter in module.parameters()} - {"cpu"}
-    return f"parameters on {', '.join(sorted(devices))}" if devices else None
+    return None
 
 
 def release_memory() -> int:

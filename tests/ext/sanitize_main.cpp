@@ -14,6 +14,7 @@
 #include "cpu/mixed_op.h"
 #include "cpu/path_cross_entropy.h"
 #include "cpu/select_top_k.h"
+#include "thread_team.h"
 
 namespace {
 
@@ -34,17 +35,6 @@ void expect(bool condition, const std::string& what) {
   if (condition) return;
   std::fprintf(stderr, "failed: %s\n", what.c_str());
   std::exit(1);
-}
-
-ParallelFor threads(int count) {
-  return [count](int64_t units, int64_t, const RangeBody& body) {
-    std::vector<std::thread> team;
-    const int64_t share = ceil_div(units, count);
-    for (int64_t begin = 0; begin < units; begin += share) {
-      team.emplace_back([&body, begin, end = std::min(begin + share, units)] { body(begin, end); });
-    }
-    for (std::thread& member : team) member.join();
-  };
 }
 
 // A packed block written by hand: sections one after the other, padding zero.
