@@ -95,7 +95,7 @@ def main() -> None:
     def sources(*patterns: str) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
-    headers = sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/kernels/*.h")
+    headers = sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/kernels/**/*.h")
     ops = CppExtension(
         "greedynas_ext._ops",
         sources("csrc/registration.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp"),

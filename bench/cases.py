@@ -18,7 +18,7 @@ class Case:
         resolution: height and width of the images in pixels; 0 for the space's own.
         bn: the statistics of batch normalisation, "batch" or "running".
         precision: "fp32" or "bf16", of both sides.
-        isa: the instruction set that both sides are limited to ("avx512", "avx2", "portable"), or None.
+        isa: the instruction set that both sides are limited to (a key of ISA_LIMITS), or None.
     """
 
     name: str
@@ -55,18 +55,24 @@ def _cases() -> list[Case]:
         Case("mini-16-population", "mini-16", source="population", paths=50, images=1000),
     ]
     limited = [Case(f"mbv2-7-{isa}", "mbv2-7", isa=isa) for isa in ("avx512", "avx2")]
+    limited.append(Case("mbv2-7-avx512-bf16", "mbv2-7", precision="bf16", isa="avx512-bf16"))
     return [both for case in cases for both in _in_both_precisions(case)] + limited
 
 
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
 
-# oneDNN's and PyTorch's own limits hold them to the same instructions. Without bfloat16 instructions: avx512 is
-# Skylake's.
+# oneDNN's and PyTorch's own limits hold them to the same instructions: avx512 is Skylake's, avx512-bf16 Cooper Lake's,
+# with products of bfloat16, but no matrix tiles.
 ISA_LIMITS: dict[str, dict[str, str]] = {
     "avx512": {
         "GREEDYNAS_CPU_CAPABILITY": "avx512",
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+    },
+    "avx512-bf16": {
+        "GREEDYNAS_CPU_CAPABILITY": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
     },
     "avx2": {"GREEDYNAS_CPU_CAPABILITY": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "portable": {

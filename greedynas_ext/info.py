@@ -47,8 +47,8 @@ def describe() -> dict[str, str]:
 def _cpu_kernels() -> str:
     try:
         module = _library.require_chain()
-        products = "products of bf16" if module.bf16_available() else "bf16 computed in float32"
-        return f"{module.used_capability()}, {products}: {module.capability_reason()}"
+        bf16 = f"bf16 by {module.bf16_kernels()}" if module.bf16_kernels() else "bf16 computed in float32"
+        return f"{module.used_capability()}, {bf16}: {module.capability_reason()}"
     except (ImportError, ValueError) as error:
         return str(error)
 

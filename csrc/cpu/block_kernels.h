@@ -1,8 +1,9 @@
 // The kernels that a chain of choice blocks is made of: their arguments and, for each instruction set, a
 // table of pointers to them. The bodies are in kernels/, compiled once per instruction set.
 //
-// Feature maps are NHWC: a row of padded(C) channels per pixel, all images' pixels one after the other, the
-// padding zero. kSlackRows more rows can be read behind a map's end, and no result depends on them.
+// Feature maps are NHWC: a row of row_channels<T>(C) channels per pixel, all images' pixels one after the
+// other, the padding zero. kSlackRows more rows can be read behind a map's end, and no result depends on
+// them.
 //
 // Hidden channels are cut into groups of Kernels::group_width (the last may be narrower, but a multiple of
 // kLanes), images into slabs of SlabCut::images. The output of a depthwise convolution lies as
@@ -17,6 +18,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "choice_block.h"
 #include "parallel.h"
@@ -24,6 +26,11 @@
 namespace greedynas::cpu {
 
 struct BFloat16 {
+  uint16_t bits;
+};
+
+// The same numbers, in rows that matrix tiles (AMX) read whole: row_channels.
+struct TiledBFloat16 {
   uint16_t bits;
 };
 
@@ -35,12 +42,29 @@ template <>
 struct ComputeType<BFloat16> {
   using type = float;
 };
+template <>
+struct ComputeType<TiledBFloat16> {
+  using type = float;
+};
 // In what values of type T are computed, and their statistics, affine maps and depthwise weights kept.
 template <typename T>
 using Compute = typename ComputeType<T>::type;
 
-inline constexpr int64_t kSlackRows = 16;
-inline constexpr int64_t kPanelPixels = 48;   // of the activations that a projection holds in the cache
+template <typename T>
+inline constexpr bool kTiled = std::is_same_v<T, TiledBFloat16>;
+
+// Channels of a pixel's row in memory, and of everything that is kept per channel.
+template <typename T>
+constexpr int64_t row_channels(int64_t channels) {
+  return kTiled<T> ? ceil_div(channels, 32) * 32 : padded(channels);
+}
+
+inline constexpr int64_t kSlackRows = 32;
+// Of kTiled kernels: the inputs of projections are multiplied by 2^-kTileExponent, their weights by 2^that.
+inline constexpr int kTileExponent = 112;
+// Of the activations that a projection holds in the cache.
+template <typename T>
+inline constexpr int64_t kPanelPixels = kTiled<T> ? 32 : 48;
 inline constexpr int64_t kBlockPixels = 192;  // whose statistics a projection sums up in one piece
 inline constexpr int64_t kGramPixels = 256;
 
@@ -60,7 +84,7 @@ struct SlabCut {
 // Unit u is slab u / groups, group u % groups.
 template <typename T>
 struct ExpandDepthwise {
-  const T* input;  // [images * height * width][padded(in_channels)]
+  const T* input;  // [images * height * width][row_channels(in_channels)]
   int64_t images, height, width;
   int64_t in_channels;
   const T* expand_weight;       // or null; then in_channels == hidden_channels
@@ -70,6 +94,11 @@ struct ExpandDepthwise {
   const Compute<T>* depthwise;  // [group][kernel * kernel][channel of the group]
   int64_t hidden_channels, kernel, stride;
   int64_t slab_images;
+  // Of kTiled kernels with an affine map, or null: the depthwise weights as half-precision numbers, laid out
+  // like `depthwise`. Then what they meet is multiplied by `factor` first (powers of two, which keep it in
+  // the range of half precision), and the output is of such numbers too.
+  const uint16_t* half_depthwise;
+  const Compute<T>* factor;
   T* output;  // of slab `first_slab`
   int64_t first_slab;
   double* partials;  // units: slabs; or null
@@ -85,11 +114,12 @@ struct PointwiseOutput {
   const T* weight;
   int64_t depth;  // input channels
   int64_t channels;
-  T* output;  // [pixels][padded(channels)]
+  T* output;  // [pixels][row_channels(channels)]
   const Compute<T>*scale, *shift;
   int64_t activation;
   const T* residual;  // or null
   double* partials;
+  const Compute<T>* factor = nullptr;  // of kTiled kernels: what the sums are multiplied by first; null: 1
 };
 
 // activation(depthwise output * scale + shift) * gates, the input of a projection.
@@ -100,7 +130,11 @@ struct ProjectInput {
   int64_t slab_images, images, image_pixels;
   const Compute<T>*scale, *shift;
   int64_t activation;
-  const Compute<T>* gates;  // [images][padded(hidden)] or null
+  const Compute<T>* gates;  // [images][row_channels(hidden)] or null
+  // Of kTiled kernels: whether the depthwise output is of half-precision numbers, and powers of two by which
+  // the projection's inputs are multiplied, its weights being divided by them; null: 1.
+  bool halves = false;
+  const Compute<T>* factor = nullptr;
 };
 
 // Every stride-th pixel of a map.
@@ -129,7 +163,7 @@ struct FinishMap {
   const Compute<T>*scale, *shift;  // null: output == raw, moments alone
   int64_t activation;
   const T* residual;        // or null
-  const Compute<T>* pilot;  // [padded(channels)], near the mean; null: no moments
+  const Compute<T>* pilot;  // [row_channels(channels)], near the mean; null: no moments
 };
 
 // Mean over each image of activation(depthwise output * scale + shift). Unit: a slab.
@@ -137,7 +171,7 @@ template <typename T>
 struct Squeeze {
   ProjectInput<T> input;
   int64_t hidden_channels;
-  Compute<T>* output;  // [images][padded(hidden)]
+  Compute<T>* output;  // [images][row_channels(hidden)]
 };
 
 enum LinearActivation : int64_t { kNoActivation, kLinearRelu, kLinearHsigmoid, kLinearSigmoid };
@@ -166,7 +200,16 @@ struct HeadPool {
   int64_t channels;
   const Compute<T>*scale, *shift;
   int64_t activation;
-  Compute<T>* output;  // [images][padded(channels)]
+  Compute<T>* output;  // [images][row_channels(channels)]
+};
+
+// A pointwise convolution's weights as they are found: rows are outputs. Row and column factors, or null, and
+// one for all.
+struct TilePacking {
+  const float* weight;
+  int64_t rows, columns, row_stride;
+  const float *row_factor, *column_factor;
+  float factor;
 };
 
 template <typename T>
@@ -189,6 +232,10 @@ struct Kernels {
   void (*squeeze)(const Squeeze<T>&, int64_t first_slab, int64_t last_slab);
   void (*linear)(const Linear<C>&, int64_t first_group, int64_t last_group);
   void (*head_pool)(const HeadPool<T>&, int64_t first_unit, int64_t last_unit);
+  // Of kTiled kernels alone.
+  void (*to_halves)(const float* values, int64_t count, uint16_t* halves);  // a multiple of 16
+  void (*pack_tiles)(const TilePacking&, T* packed);
+  void (*largest_of_rows)(const TilePacking&, float* largest);
 };
 
 }  // namespace greedynas::cpu

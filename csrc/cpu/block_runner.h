@@ -16,19 +16,23 @@
 
 namespace greedynas::cpu {
 
-// Depthwise outputs of this size leave the cache before they are read again.
-inline constexpr int64_t kStreamedBytes = 16 << 20;
+// Depthwise outputs of this size leave the cache before they are read again. Processors with matrix tiles
+// have more of it.
+template <typename T>
+inline constexpr int64_t kStreamedBytes = kTiled<T> ? 64 << 20 : 16 << 20;
 
 template <typename C>
 C value_of(C x) {
   return x;
 }
-inline float value_of(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+inline float value_of_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline float value_of(BFloat16 x) { return value_of_bfloat16(x.bits); }
+inline float value_of(TiledBFloat16 x) { return value_of_bfloat16(x.bits); }
 
 template <typename T>
 class BlockRunner {
@@ -60,7 +64,7 @@ class BlockRunner {
 
   // Those of a pointwise convolution of a map.
   Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) const {
-    const int64_t stride = padded(channels), depth = in.shape.channels;
+    const int64_t stride = row_channels<T>(channels), depth = in.shape.channels;
     Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
     parallel_for_(ceil_div(stride, k_.group_width), depth * depth * k_.group_width / 2,
                   [&](int64_t begin, int64_t end) {
@@ -74,7 +78,7 @@ class BlockRunner {
 
   // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
   void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) const {
-    const int64_t pixels = images_ * map.shape.pixels(), stride = padded(map.shape.channels);
+    const int64_t pixels = images_ * map.shape.pixels(), stride = row_channels<T>(map.shape.channels);
     FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
                    activation, residual, nullptr};
     if (affine) {
@@ -99,7 +103,7 @@ class BlockRunner {
       }
     });
     if (f.pilot) {
-      join_gram<C>(sums, segments, pixels, f.pilot, map.shape.channels, map.moments, parallel_for_);
+      join_gram<C>(sums, segments, pixels, f.pilot, map.shape.channels, stride, map.moments, parallel_for_);
     }
   }
 
@@ -127,8 +131,14 @@ class BlockRunner {
       pending_activation = o.activation;
     }
     ExpandDepthwise<T> e = expand_depthwise(op, in, pending, pending_activation, cut);
+    std::vector<C> factor;
+    if (op.half_depthwise && pending) {
+      e.half_depthwise = op.half_depthwise;
+      e.factor = pending->factor.data();
+      factor = depthwise_factor(op, *pending);
+    }
     e.partials = workspace_.partials;
-    e.streams = images_ * image_pixels * hidden * int64_t{sizeof(T)} >= kStreamedBytes;
+    e.streams = images_ * image_pixels * hidden * int64_t{sizeof(T)} >= kStreamedBytes<T>;
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
     const int64_t depthwise_work = cut.images * image_pixels * o.kernel * o.kernel;
@@ -137,13 +147,15 @@ class BlockRunner {
     const auto slab_pixels = [&](int64_t slab) {
       return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
     };
-    const Affine<C> middle =
-        affine(op, kDepthwiseBn, used,
-               join_partials<C>(e.partials, cut.slabs, slab_pixels, o.hidden_channels, parallel_for_));
+    Moments<C> moments = join_partials<C>(e.partials, cut.slabs, slab_pixels, hidden, parallel_for_);
+    for (std::size_t c = 0; c < factor.size(); ++c) {
+      moments.mean[c] /= factor[c];
+      moments.variance[c] /= factor[c] * factor[c];
+    }
+    Affine<C> middle = affine(op, kDepthwiseBn, used, moments);
+    for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
 
-    ProjectInput<T> p{
-        e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
-        o.activation, nullptr};
+    ProjectInput<T> p = project_input(op, e, middle, cut, image_pixels);
     if (o.se_channels > 0) {
       C* pooled = workspace_.gates;
       C* gates = pooled + images_ * hidden;
@@ -154,17 +166,18 @@ class BlockRunner {
              [&](const Linear<C>& l) { linear_everywhere(l); });
       p.gates = gates;
     }
-    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,  nullptr,
-                                nullptr,    kLinear,           nullptr,        e.partials};
+    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,
+                                nullptr,    nullptr,           kLinear,        nullptr,
+                                e.partials, project_factor(op)};
     for_blocks(cut, image_pixels, kBlockPixels * hidden * o.out_channels,
                [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
     const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
     const auto block_pixels = [&](int64_t unit) {
       return std::clamp<int64_t>(slab_pixels(unit / blocks) - unit % blocks * kBlockPixels, 0, kBlockPixels);
     };
-    const Affine<C> after =
-        affine(op, kProjectBn, used,
-               join_partials<C>(e.partials, cut.slabs * blocks, block_pixels, o.out_channels, parallel_for_));
+    const Affine<C> after = affine(op, kProjectBn, used,
+                                   join_partials<C>(e.partials, cut.slabs * blocks, block_pixels,
+                                                    row_channels<T>(o.out_channels), parallel_for_));
     finish(out, &after, kLinear, o.residual ? in.data : nullptr);
   }
 
@@ -176,7 +189,12 @@ class BlockRunner {
     const SlabCut cut(images_, image_pixels);
     Affine<C> before;
     if (op.expand) before = op.batch_norms[kExpandBn].affine(known.stages[kExpandBn]);
-    const Affine<C> middle = op.batch_norms[kDepthwiseBn].affine(known.stages[kDepthwiseBn]);
+    Affine<C> middle = op.batch_norms[kDepthwiseBn].affine(known.stages[kDepthwiseBn]);
+    const bool halves = op.half_depthwise && op.expand;
+    if (halves) {
+      const std::vector<C> factor = depthwise_factor(op, before);
+      for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
+    }
     const Affine<C> after = op.batch_norms[kProjectBn].affine(known.stages[kProjectBn]);
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t work =
@@ -186,12 +204,14 @@ class BlockRunner {
       for (int64_t part = first_part; part < last_part; ++part) {
         ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
         e.output = workspace_.depthwise + part * workspace_.depthwise_part;
+        if (halves) {
+          e.half_depthwise = op.half_depthwise;
+          e.factor = before.factor.data();
+        }
         C* pooled = workspace_.gates + part * workspace_.gates_part;
         C* gates = pooled + cut.images * hidden;
         C* squeezed = workspace_.squeezed + part * workspace_.squeezed_part;
-        ProjectInput<T> p{
-            e.output,     0,      cut.images, images_, image_pixels, middle.scale.data(), middle.shift.data(),
-            o.activation, nullptr};
+        ProjectInput<T> p = project_input(op, e, middle, cut, image_pixels);
         const PointwiseOutput<T> to{op.project,
                                     o.hidden_channels,
                                     o.out_channels,
@@ -200,7 +220,8 @@ class BlockRunner {
                                     after.shift.data(),
                                     kLinear,
                                     o.residual ? in.data : nullptr,
-                                    nullptr};
+                                    nullptr,
+                                    project_factor(op)};
         for (int64_t slab = part * cut.slabs / parts; slab < (part + 1) * cut.slabs / parts; ++slab) {
           e.first_slab = p.first_slab = slab;
           k_.expand_depthwise(e, slab * groups, (slab + 1) * groups);
@@ -240,8 +261,9 @@ class BlockRunner {
                   [&](int64_t begin, int64_t end) { run(to, begin, end); });
     if (!to.partials) return after;
     const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
-    return affine(op, kProjectBn, used,
-                  join_partials<C>(to.partials, blocks, count, o.out_channels, parallel_for_));
+    return affine(
+        op, kProjectBn, used,
+        join_partials<C>(to.partials, blocks, count, row_channels<T>(o.out_channels), parallel_for_));
   }
 
  private:
@@ -251,9 +273,36 @@ class BlockRunner {
     return op.batch_norms[stage].affine(moments);
   }
 
+  // What the depthwise outputs of halves are multiplied by: the factors of what goes in, and those of the
+  // weights.
+  static std::vector<C> depthwise_factor(const PackedOperation<T>& op, const Affine<C>& before) {
+    std::vector<C> result = op.half_depthwise_factor;
+    for (std::size_t c = 0; c < result.size(); ++c) result[c] *= before.factor[c];
+    return result;
+  }
+
+  static const C* project_factor(const PackedOperation<T>& op) {
+    return op.project_factor.empty() ? nullptr : op.project_factor.data();
+  }
+
+  ProjectInput<T> project_input(const PackedOperation<T>& op, const ExpandDepthwise<T>& from,
+                                const Affine<C>& middle, const SlabCut& cut, int64_t image_pixels) const {
+    return {from.output,
+            0,
+            cut.images,
+            images_,
+            image_pixels,
+            middle.scale.data(),
+            middle.shift.data(),
+            op.source.activation,
+            nullptr,
+            from.half_depthwise != nullptr,
+            middle.factor.empty() ? nullptr : middle.factor.data()};
+  }
+
   // The mean of some pixels all over the batch.
   std::vector<C> pilot_of(const FinishMap<T>& f) const {
-    const int64_t stride = padded(f.channels), samples = std::min<int64_t>(f.pixels, 64);
+    const int64_t stride = row_channels<T>(f.channels), samples = std::min<int64_t>(f.pixels, 64);
     FinishMap<T> sample = f;
     std::vector<T> raw(samples * stride), out(samples * stride), residual(samples * stride);
     for (int64_t i = 0; i < samples; ++i) {
@@ -276,7 +325,23 @@ class BlockRunner {
       mean /= static_cast<C>(samples);
       if (!(mean - mean == C(0))) mean = C(0);  // what is not finite shows in the products
     }
+    if constexpr (kTiled<T>) keep_far_pilots(values, samples, pilot);
     return pilot;
+  }
+
+  // Tiles multiply bfloat16. Of values whose mean is less than a few deviations from 0 nothing cancels, and
+  // they stay as they are; the distance of others from a pilot is mostly a bfloat16, if that is one.
+  static void keep_far_pilots(const std::vector<T>& values, int64_t samples, std::vector<C>& pilot) {
+    const auto stride = static_cast<int64_t>(pilot.size());
+    for (int64_t c = 0; c < stride; ++c) {
+      C variance = 0;
+      for (int64_t i = 0; i < samples; ++i) {
+        const C distance = value_of(values[i * stride + c]) - pilot[c];
+        variance += distance * distance / static_cast<C>(samples);
+      }
+      const bool far = pilot[c] * pilot[c] > 64 * variance;
+      pilot[c] = far ? value_of(round_to(pilot[c], static_cast<T*>(nullptr))) : C(0);
+    }
   }
 
   ExpandDepthwise<T> expand_depthwise(const PackedOperation<T>& op, const Map<T>& in, const Affine<C>* before,
@@ -296,6 +361,8 @@ class BlockRunner {
             o.kernel,
             o.stride,
             cut.images,
+            nullptr,
+            nullptr,
             workspace_.depthwise,
             0,
             nullptr,
@@ -311,7 +378,7 @@ class BlockRunner {
     for_groups(linear(pooled, images, op.hidden_stride(), o.hidden_channels, op.se_reduce, op.se_reduce_bias,
                       o.se_channels, kLinearRelu, squeezed));
     for_groups(linear(squeezed, images, padded(o.se_channels), o.se_channels, op.se_expand, op.se_expand_bias,
-                      o.hidden_channels, gate, gates));
+                      op.hidden_stride(), gate, gates));
   }
 
   template <typename Body>

@@ -8,11 +8,11 @@
 
 namespace greedynas::cpu {
 
-enum Capability { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Capability { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 const char* capability_name(Capability capability);
 
-// The best of this machine, whatever the environment says.
+// The best of this machine that Linux lets this process use, whatever the environment says.
 Capability machine_capability();
 
 // What is used, read from the environment once. Throws std::invalid_argument for an unknown name, and for a
@@ -27,8 +27,9 @@ bool machine_has_avx512_bf16();
 template <typename T>
 const Kernels<T>& kernels_for(Capability capability);
 
-// Whether products of BFloat16 are computed as such; else precision bf16 computes in float.
-bool bf16_available();
-const Kernels<BFloat16>& bf16_kernels();
+// The kernels that precision bf16 uses, or "": it computes in float.
+const char* bf16_kernels_name();
+const Kernels<BFloat16>& bf16_kernels();        // where machine_has_avx512_bf16()
+const Kernels<TiledBFloat16>& tiled_kernels();  // where machine_capability() == kAmx
 
 }  // namespace greedynas::cpu

@@ -58,8 +58,8 @@ class Evaluation final : public ChainEvaluation {
         reinterpret_cast<C*>(classifier_memory_.at_least((size + padded(s_.classes)) * int64_t{sizeof(C)}));
     classifier_bias_ = classifier_ + size;
     pack_pointwise<C>({static_cast<const C*>(s_.classifier_weight), s_.head.out_channels, 1}, s_.classes,
-                      s_.head.out_channels, k_.group_width, 1, classifier_);
-    pack_bias<C>(static_cast<const C*>(s_.classifier_bias), s_.classes, classifier_bias_);
+                      padded(s_.classes), s_.head.out_channels, k_.group_width, 1, classifier_);
+    pack_bias<C>(static_cast<const C*>(s_.classifier_bias), s_.classes, padded(s_.classes), classifier_bias_);
   }
 
   int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,
@@ -109,8 +109,10 @@ class Evaluation final : public ChainEvaluation {
   };
 
   int64_t map_bytes(int64_t count, const Shape& shape, bool moments) const {
-    const int64_t lines = (map_elements(count, shape) * int64_t{sizeof(T)} + 63) / 64 * 64;
-    return lines + (moments ? MapMoments<C>::size(shape.channels) * int64_t{sizeof(C)} : 0);
+    const int64_t lines = (map_elements<T>(count, shape) * int64_t{sizeof(T)} + 63) / 64 * 64;
+    return lines + (moments ? MapMoments<C>::size(row_channels<T>(shape.channels), shape.channels) *
+                                  int64_t{sizeof(C)}
+                            : 0);
   }
 
   static bool of_batch(Statistics statistics) {
@@ -122,7 +124,7 @@ class Evaluation final : public ChainEvaluation {
     Layout result;
     Arena arena;
     const bool batch = of_batch(statistics);
-    WorkspaceNeeds needs{count, threads, batch};
+    WorkspaceNeeds<T> needs{count, threads, batch};
     const auto map = [&](const Shape& shape, bool moments) {
       if (moments && batch) needs.consider_moments(shape);
       return arena.allocate(map_bytes(count, shape, moments && batch));
@@ -170,7 +172,7 @@ class Evaluation final : public ChainEvaluation {
     }
 
     WorkspaceLayout<T> workspace(needs, arena.size());
-    result.pooled = workspace.add(count * padded(s_.head.out_channels), sizeof(C));
+    result.pooled = workspace.add(count * row_channels<T>(s_.head.out_channels), sizeof(C));
     result.logits = workspace.add(count * s_.classes, sizeof(C));
     result.workspace = workspace;
     result.bytes = workspace.end;
@@ -188,7 +190,7 @@ class Evaluation final : public ChainEvaluation {
     Map<T> map{at<T>(offset), shape, {}};
     if (moments && of_batch(statistics_)) {
       C* values = at<C>(offset + map_bytes(batch_.count, shape, false));
-      map.moments = {values, values + padded(shape.channels)};
+      map.moments = {values, values + row_channels<T>(shape.channels)};
     }
     return map;
   }
@@ -286,12 +288,12 @@ class Evaluation final : public ChainEvaluation {
     const HeadPool<T> h{
         in.data,  batch_.count,       in.shape.pixels(),  in.shape.channels,  cut.images, head_.project,
         channels, after.scale.data(), after.shift.data(), s_.head.activation, pooled};
-    const int64_t units = cut.slabs * ceil_div(padded(channels), k_.group_width);
+    const int64_t units = cut.slabs * ceil_div(row_channels<T>(channels), k_.group_width);
     const int64_t work = cut.images * in.shape.pixels() * in.shape.channels * k_.group_width;
     (*parallel_for_)(units, work, [&](int64_t begin, int64_t end) { k_.head_pool(h, begin, end); });
     C* logits = at<C>(layout_.logits);
-    Linear<C> l = run.linear(pooled, batch_.count, padded(channels), channels, classifier_, classifier_bias_,
-                             s_.classes, kNoActivation, logits);
+    Linear<C> l = run.linear(pooled, batch_.count, row_channels<T>(channels), channels, classifier_,
+                             classifier_bias_, s_.classes, kNoActivation, logits);
     l.out_stride = s_.classes;
     l.padded_output = false;
     run.linear_everywhere(l);
@@ -353,7 +355,10 @@ std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source
   if (precision == Precision::kFloat64) {
     return std::make_unique<Evaluation<double>>(source, kernels_for<double>(capability));
   }
-  if (precision == Precision::kBFloat16 && bf16_available()) {
+  if (precision == Precision::kBFloat16 && capability == kAmx) {
+    return std::make_unique<Evaluation<TiledBFloat16>>(source, tiled_kernels());
+  }
+  if (precision == Precision::kBFloat16 && *bf16_kernels_name() != '\0') {
     return std::make_unique<Evaluation<BFloat16>>(source, bf16_kernels());
   }
   return std::make_unique<Evaluation<float>>(source, kernels_for<float>(capability));

@@ -116,7 +116,7 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
   module.def("machine_capability", [] { return capability_name(machine_capability()); });
   module.def("used_capability", [] { return capability_name(used_capability()); });
   module.def("capability_reason", &capability_reason);
-  module.def("bf16_available", &bf16_available);
+  module.def("bf16_kernels", &bf16_kernels_name);
   module.def(
       "release_memory", [] { return MemoryCache::instance().release(); },
       "Frees working memory that is kept between evaluations; how many bytes.");

@@ -16,7 +16,6 @@
 #define GREEDYNAS_VECTOR_BYTES 32
 #define GREEDYNAS_LEVEL GREEDYNAS_AVX2
 #define GREEDYNAS_LEVEL_NAME "avx2"
-#define GREEDYNAS_BF16 0
 
 namespace greedynas::cpu::avx2 {
 #include "kernels/all.h"

@@ -19,7 +19,6 @@
 #define GREEDYNAS_VECTOR_BYTES 64
 #define GREEDYNAS_LEVEL GREEDYNAS_AVX512
 #define GREEDYNAS_LEVEL_NAME "avx512"
-#define GREEDYNAS_BF16 0
 
 namespace greedynas::cpu::avx512 {
 #include "kernels/all.h"

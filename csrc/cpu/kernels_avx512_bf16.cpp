@@ -19,7 +19,7 @@
 #define GREEDYNAS_VECTOR_BYTES 64
 #define GREEDYNAS_LEVEL GREEDYNAS_AVX512
 #define GREEDYNAS_LEVEL_NAME "avx512_bf16"
-#define GREEDYNAS_BF16 1
+#define GREEDYNAS_BF16 BFloat16
 
 namespace greedynas::cpu::avx512_bf16 {
 #include "kernels/all.h"

@@ -10,7 +10,6 @@
 #define GREEDYNAS_VECTOR_BYTES 16
 #define GREEDYNAS_LEVEL GREEDYNAS_PORTABLE
 #define GREEDYNAS_LEVEL_NAME "portable"
-#define GREEDYNAS_BF16 0
 
 namespace greedynas::cpu::portable {
 #include "kernels/all.h"

@@ -21,17 +21,17 @@ class MixedOpRun {
     std::fill_n(a_.used_statistics, a_.nodes * a_.statistics_width, T(0));
     pack();
     const Shape in_shape{a_.height, a_.width, a_.channels};
-    WorkspaceNeeds needs{a_.images, a_.threads, a_.statistics == nullptr};
+    WorkspaceNeeds<T> needs{a_.images, a_.threads, a_.statistics == nullptr};
     if (!a_.statistics) needs.consider_moments(in_shape);
     int64_t out_elements = 1;
     for (const PackedOperation<T>& op : operations_) {
       needs.consider(op.source, in_shape);
-      out_elements = std::max(out_elements, map_elements(a_.images, in_shape.after(op.source)));
+      out_elements = std::max(out_elements, map_elements<T>(a_.images, in_shape.after(op.source)));
     }
     WorkspaceLayout<T> layout(needs, 0);
-    const int64_t input = layout.add(map_elements(a_.images, in_shape), sizeof(T));
+    const int64_t input = layout.add(map_elements<T>(a_.images, in_shape), sizeof(T));
     const int64_t output = layout.add(out_elements, sizeof(T));
-    const int64_t moments = layout.add(MapMoments<T>::size(a_.channels), sizeof(T));
+    const int64_t moments = layout.add(MapMoments<T>::size(padded(a_.channels), a_.channels), sizeof(T));
     char* base = memory_.at_least(layout.end);
     const BlockRunner<T> runner(k_, a_.images, layout.at(base), parallel_for_);
     Map<T> in{reinterpret_cast<T*>(base + input), in_shape, {}};
@@ -144,7 +144,7 @@ class MixedOpRun {
   template <typename Body>
   static void for_stages(const PackedOperation<T>& op, const Body& body) {
     if (op.expand) body(kExpandBn, op.source.hidden_channels);
-    if (op.depthwise) body(kDepthwiseBn, op.source.hidden_channels);
+    if (op.source.depthwise) body(kDepthwiseBn, op.source.hidden_channels);
     if (op.project) body(kProjectBn, op.source.out_channels);
   }
 

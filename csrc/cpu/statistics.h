@@ -11,10 +11,10 @@
 namespace greedynas::cpu {
 
 // The values of each channel that unit `u` of `partials` summed up: count_of(u), which may be 0.
+// `stride`: of the partials' channels, a multiple of kLanes.
 template <typename C, typename Count>
-Moments<C> join_partials(const double* partials, int64_t units, const Count& count_of, int64_t channels,
+Moments<C> join_partials(const double* partials, int64_t units, const Count& count_of, int64_t stride,
                          const ParallelFor& parallel_for) {
-  const int64_t stride = padded(channels);
   Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
   double total = 0;
   for (int64_t u = 0; u < units; ++u) total += static_cast<double>(count_of(u));
@@ -55,14 +55,14 @@ struct MapMoments {
   C* mean;        // [channels]
   C* covariance;  // [channels][channels]
 
-  static int64_t size(int64_t channels) { return padded(channels) + channels * channels; }
+  static int64_t size(int64_t stride, int64_t channels) { return stride + channels * channels; }
 };
 
 // The sums of `finish` over segments of the pixels, each [stride] sums and [stride][stride] products.
 template <typename C>
 void join_gram(const double* segments, int64_t count, int64_t pixels, const C* pilot, int64_t channels,
-               const MapMoments<C>& out, const ParallelFor& parallel_for) {
-  const int64_t stride = padded(channels), size = stride * (stride + 1);
+               int64_t stride, const MapMoments<C>& out, const ParallelFor& parallel_for) {
+  const int64_t size = stride * (stride + 1);
   const auto n = static_cast<double>(pixels);
   std::vector<double> shift(channels);
   for (int64_t c = 0; c < channels; ++c) {

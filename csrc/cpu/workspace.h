@@ -26,14 +26,15 @@ struct Map {
   MapMoments<Compute<T>> moments{};  // null where nobody asks for them
 };
 
-inline int64_t map_elements(int64_t images, const Shape& shape) {
-  return (images * shape.pixels() + kSlackRows) * padded(shape.channels);
+template <typename T>
+int64_t map_elements(int64_t images, const Shape& shape) {
+  return (images * shape.pixels() + kSlackRows) * row_channels<T>(shape.channels);
 }
 
 // What lies behind a map is read in whole tiles; it only has to be there and be no trap.
 template <typename T>
 void clear_slack(const Map<T>& map, int64_t images) {
-  const int64_t stride = padded(map.shape.channels);
+  const int64_t stride = row_channels<T>(map.shape.channels);
   std::fill_n(map.data + images * map.shape.pixels() * stride, kSlackRows * stride, T{});
 }
 
@@ -53,6 +54,7 @@ struct Workspace {
 };
 
 // How many elements of each kind operations on `images` images need, `threads` working at once.
+template <typename T>
 struct WorkspaceNeeds {
   int64_t images, threads;
   bool of_batch;  // whether statistics are those of the batch
@@ -63,18 +65,18 @@ struct WorkspaceNeeds {
     const Shape out = in.after(o);
     const SlabCut cut(images, out.pixels());
     const int64_t at_once = of_batch ? images : cut.images;
-    depthwise = std::max(depthwise, at_once * out.pixels() * padded(o.hidden_channels));
-    gates = std::max(gates, o.se_channels ? 2 * at_once * padded(o.hidden_channels) : 0);
+    depthwise = std::max(depthwise, at_once * out.pixels() * row_channels<T>(o.hidden_channels));
+    gates = std::max(gates, o.se_channels ? 2 * at_once * row_channels<T>(o.hidden_channels) : 0);
     squeezed = std::max(squeezed, at_once * padded(o.se_channels));
     if (!of_batch) return;
     const int64_t blocks = std::max(cut.slabs * ceil_div(cut.images * out.pixels(), kBlockPixels),
                                     ceil_div(images * out.pixels(), kBlockPixels));
-    partials =
-        std::max({partials, cut.slabs * 3 * padded(o.hidden_channels), blocks * 3 * padded(o.out_channels)});
+    partials = std::max({partials, cut.slabs * 3 * row_channels<T>(o.hidden_channels),
+                         blocks * 3 * row_channels<T>(o.out_channels)});
   }
 
   void consider_moments(const Shape& shape) {
-    const int64_t stride = padded(shape.channels);
+    const int64_t stride = row_channels<T>(shape.channels);
     segments = std::max(segments, segments_of(images * shape.pixels()) * stride * (stride + 1));
   }
 };
@@ -83,11 +85,11 @@ struct WorkspaceNeeds {
 template <typename T>
 struct WorkspaceLayout {
   using C = Compute<T>;
-  WorkspaceNeeds needs;
+  WorkspaceNeeds<T> needs;
   int64_t parts, depthwise, partials, segments, gates, squeezed, end;
 
   WorkspaceLayout() = default;
-  WorkspaceLayout(const WorkspaceNeeds& of, int64_t begin)
+  WorkspaceLayout(const WorkspaceNeeds<T>& of, int64_t begin)
       : needs(of),
         parts(of.of_batch ? 1 : std::max<int64_t>(1, std::min(of.threads, of.images))),
         end(begin) {

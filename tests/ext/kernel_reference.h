@@ -8,9 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/block_kernels.h"
@@ -25,9 +25,13 @@ using Real = long double;
 inline std::mt19937 engine(11);
 inline int64_t cases = 0;
 
-inline double normal() {
-  static std::normal_distribution<double> distribution;
-  return distribution(engine);
+inline std::normal_distribution<double> distribution;
+
+inline double normal() { return distribution(engine); }
+
+// A whole number in [low, high].
+inline int64_t whole(int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(engine() % (high - low + 1));
 }
 
 template <typename V>
@@ -39,20 +43,25 @@ V pick(std::initializer_list<V> values) {
 template <typename T>
 constexpr Real kComputeRoundoff = std::numeric_limits<Compute<T>>::epsilon() / 2;
 template <typename T>
-constexpr Real kStoreRoundoff = std::is_same_v<T, BFloat16> ? 1.0L / 256 : 0.0L;
+constexpr Real kStoreRoundoff = sizeof(T) == 2 ? 1.0L / 256 : 0.0L;
+// What is subnormal may count as 0; this is more than a sum of such numbers.
+template <typename T>
+constexpr Real kUnderflow = sizeof(T) < 8 ? 1e-36L : 1e-300L;
 
 inline double value_of(double x) { return x; }
 inline float value_of(float x) { return x; }
-inline float value_of(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+inline float value_of_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline float value_of(BFloat16 x) { return value_of_bfloat16(x.bits); }
+inline float value_of(TiledBFloat16 x) { return value_of_bfloat16(x.bits); }
 
 template <typename T>
 T rounded(double x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (sizeof(T) == 2) {
     const auto value = static_cast<float>(x);
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -73,34 +82,50 @@ T poison() {
   std::exit(1);
 }
 
+// Memory that begins with a cache line, as the driver's does.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename V>
+  LineAllocator(const LineAllocator<V>&) {}
+  T* allocate(std::size_t size) {
+    return static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  template <typename V>
+  bool operator==(const LineAllocator<V>&) const {
+    return true;
+  }
+};
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
+
 // An output of exactly `size` values on a cache line's boundary: NaN before the call, and behind it a zone
 // that nobody may write to.
 template <typename T>
 class Output {
  public:
-  explicit Output(int64_t size) : size_(size), memory_(size + kGuard + kLine, poison<T>()) {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
-    data_ = memory_.data() + (64 - address % 64) % 64 / sizeof(T);
-    std::memset(data_ + size, kPattern, kGuard * sizeof(T));
+  explicit Output(int64_t size) : size_(size), memory_(size + kGuard, poison<T>()) {
+    std::memset(data() + size, kPattern, kGuard * sizeof(T));
   }
   Output(const Output&) = delete;
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  double operator[](int64_t i) const { return value_of(data_[i]); }
+  T* data() { return memory_.data(); }
+  const T* data() const { return memory_.data(); }
+  double operator[](int64_t i) const { return value_of(memory_[i]); }
 
   void check_guard(const std::string& what) const {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(data_ + size_);
+    const auto* bytes = reinterpret_cast<const unsigned char*>(data() + size_);
     for (std::size_t i = 0; i < kGuard * sizeof(T); ++i) {
       if (bytes[i] != kPattern) fail(what + ": wrote behind its output, " + std::to_string(i) + " bytes");
     }
   }
 
  private:
-  static constexpr int64_t kGuard = 64, kLine = 64 / sizeof(T);
+  static constexpr int64_t kGuard = 64;
   static constexpr unsigned char kPattern = 0x5b;
   int64_t size_;
-  std::vector<T> memory_;
-  T* data_;
+  Lines<T> memory_;
 };
 
 // A number and how far a kernel's may be from it.
@@ -130,15 +155,15 @@ inline std::string at(std::initializer_list<int64_t> index) {
 template <typename T>
 class Sum {
  public:
-  void add(const Bounded& x, Real w) {
-    sum_ += x.value * w;
-    magnitude_ += std::abs(x.value * w);
-    error_ += x.error * std::abs(w);
+  void add(const Bounded& x, Real w) { add(x, Bounded{w, 0}); }
+  void add(const Bounded& x, const Bounded& y) {
+    sum_ += x.value * y.value;
+    magnitude_ += std::abs(x.value * y.value);
+    error_ += x.error * std::abs(y.value) + y.error * std::abs(x.value) + x.error * y.error;
     ++terms_;
   }
   Bounded result() const {
-    return {sum_,
-            (terms_ + 2) * kComputeRoundoff<T> * magnitude_ + error_ + (sizeof(T) < 8 ? 1e-36L : 1e-300L)};
+    return {sum_, (terms_ + 2) * kComputeRoundoff<T> * magnitude_ + error_ + kUnderflow<T>};
   }
 
  private:
@@ -186,21 +211,22 @@ Bounded stored(const Bounded& x) {
 // A map in NHWC with zero padding and NaN in the slack rows.
 template <typename T>
 struct Map {
-  int64_t pixels, channels;
-  std::vector<T> memory;
+  int64_t pixels, channels, stride;
+  Lines<T> memory;
 
   // Values of the given mean and of standard deviation 1.
   Map(int64_t pixel_count, int64_t channel_count, double mean = 0)
       : pixels(pixel_count),
         channels(channel_count),
-        memory((pixel_count + kSlackRows) * padded(channel_count), T{}) {
+        stride(row_channels<T>(channels)),
+        memory((pixel_count + kSlackRows) * stride, T{}) {
     for (int64_t p = 0; p < pixels; ++p) {
       for (int64_t c = 0; c < channels; ++c) set(p, c, mean + normal());
     }
-    std::fill(memory.begin() + pixels * padded(channels), memory.end(), poison<T>());
+    std::fill(memory.begin() + pixels * stride, memory.end(), poison<T>());
   }
-  void set(int64_t p, int64_t c, double x) { memory[p * padded(channels) + c] = rounded<T>(x); }
-  Real operator()(int64_t p, int64_t c) const { return value_of(memory[p * padded(channels) + c]); }
+  void set(int64_t p, int64_t c, double x) { memory[p * stride + c] = rounded<T>(x); }
+  Real operator()(int64_t p, int64_t c) const { return value_of(memory[p * stride + c]); }
 };
 
 // [rows][columns] of values that T can store.
@@ -213,29 +239,29 @@ struct Matrix {
     values.resize(rows * columns);
     for (T& x : values) x = rounded<T>(scale * normal());
   }
+  void set(int64_t r, int64_t c, double x) { values[r * columns + c] = rounded<T>(x); }
   Real operator()(int64_t r, int64_t c) const { return value_of(values[r * columns + c]); }
 
   // Rows are output channels: as block_kernels.h describes packed pointwise weights.
-  std::vector<T> pointwise(int64_t group_width, int64_t depth_multiple) const {
-    const int64_t depth = ceil_div(columns, depth_multiple) * depth_multiple;
-    std::vector<T> packed(padded(rows) * depth, T{});
+  Lines<T> pointwise(int64_t group_width, int64_t depth_multiple) const {
+    const int64_t depth = ceil_div(columns, depth_multiple) * depth_multiple, stride = row_channels<T>(rows);
+    const int64_t together = depth_multiple == 1 ? 1 : 2;  // inputs that lie side by side
+    Lines<T> packed(stride * depth, T{});
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t group = row / group_width * group_width,
-                    width = std::min(group_width, padded(rows) - group);
+      const int64_t group = row / group_width * group_width, width = std::min(group_width, stride - group);
       for (int64_t k = 0; k < columns; ++k) {
-        packed[group * depth + (k / depth_multiple * width + row - group) * depth_multiple +
-               k % depth_multiple] = values[row * columns + k];
+        packed[group * depth + (k / together * width + row - group) * together + k % together] =
+            values[row * columns + k];
       }
     }
     return packed;
   }
 
-  // Rows are channels, columns taps.
-  std::vector<T> depthwise(int64_t group_width) const {
-    std::vector<T> packed(padded(rows) * columns, T{});
+  // Rows are channels, `stride` with padding, columns taps.
+  Lines<T> depthwise(int64_t group_width, int64_t stride) const {
+    Lines<T> packed(stride * columns, T{});
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t group = row / group_width * group_width,
-                    width = std::min(group_width, padded(rows) - group);
+      const int64_t group = row / group_width * group_width, width = std::min(group_width, stride - group);
       for (int64_t tap = 0; tap < columns; ++tap) {
         packed[group * columns + tap * width + row - group] = values[row * columns + tap];
       }
@@ -244,25 +270,26 @@ struct Matrix {
   }
 };
 
-// Padded with zeros.
+// `stride` of them, what is padding zero.
 template <typename C>
-std::vector<C> channel_values(int64_t channels, double scale) {
-  std::vector<C> values(padded(channels), C(0));
+std::vector<C> channel_values(int64_t channels, int64_t stride, double scale) {
+  std::vector<C> values(stride, C(0));
   for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<C>(scale * normal());
   return values;
 }
 
-// Of a depthwise convolution's output: [slab][group][pixel of the slab][channel of the group].
+// Of a depthwise convolution's output: [slab][group][pixel of the slab][channel of the group], `stride`
+// channels with padding.
 struct SlabLayout {
-  int64_t images, image_pixels, channels, slab_images, group_width;
+  int64_t images, image_pixels, stride, slab_images, group_width;
 
-  int64_t size() const { return images * image_pixels * padded(channels); }
+  int64_t size() const { return images * image_pixels * stride; }
   int64_t slabs() const { return ceil_div(images, slab_images); }
   int64_t index(int64_t image, int64_t pixel, int64_t channel) const {
     const int64_t slab = image / slab_images, group = channel / group_width * group_width;
     const int64_t in_slab = std::min(slab_images, images - slab * slab_images);
-    const int64_t width = std::min(group_width, padded(channels) - group);
-    return slab * slab_images * image_pixels * padded(channels) + group * in_slab * image_pixels +
+    const int64_t width = std::min(group_width, stride - group);
+    return slab * slab_images * image_pixels * stride + group * in_slab * image_pixels +
            ((image % slab_images) * image_pixels + pixel) * width + channel - group;
   }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,10 @@ LIBRARY = [
 ]
 
 
-def build(folder: Path, flags: list[str], mains: list[str]) -> list[Path]:
+def build(folder: Path, flags: list[str], mains: list[str], compiler: str | None = COMPILER) -> list[Path]:
     """One program for each of `mains`, in `folder`, the objects beside them; two compilers run at a time."""
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    command = [str(COMPILER), "-std=c++20", "-pthread", *warnings, *flags, f"-I{CSRC}"]
+    command = [str(compiler), "-std=c++20", "-pthread", *warnings, *flags, f"-I{CSRC}"]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -51,3 +52,27 @@ def run(program: Path, *arguments: str, capability: str | None = None, timeout: 
         pytest.skip("this kernel's address layout is not one that the thread sanitizer knows")
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
+
+
+def cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+CAPABILITIES: dict[str, set[str]] = {
+    "portable": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": AVX512,
+    "amx": {*AVX512, "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"},
+}
+
+
+def machine_capabilities() -> list[str]:
+    """The values of GREEDYNAS_CPU_CAPABILITY that this machine can do, the best one last."""
+    flags = cpu_flags()
+    return [name for name, needed in CAPABILITIES.items() if needed <= flags]

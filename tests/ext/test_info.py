@@ -35,6 +35,9 @@ def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert lines["path plan"] == "loaded"
     assert lines["operations"] == "loaded"
     assert lines["threads"] == str(torch.get_num_threads())
+    chain = _library.require_chain()
+    bf16 = f"bf16 by {chain.bf16_kernels()}" if chain.bf16_kernels() else "bf16 computed in float32"
+    assert lines["CPU kernels"] == f"{chain.used_capability()}, {bf16}: {chain.capability_reason()}"
 
 
 def test_brief_report_says_what_was_left_out(

@@ -7,11 +7,11 @@ import platform
 import re
 import shutil
 import subprocess
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from native_build import COMPILER, build, run
+from native_build import CAPABILITIES, COMPILER, build, cpu_flags, machine_capabilities, run
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -22,38 +22,64 @@ def plain_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kernels_equal_plain_loops(plain_build: Path):
-    *tables, last = run(plain_build)
+    *tables, chains, last = run(plain_build)
     assert last == "all as expected"
+    assert re.fullmatch(r"chains: \w+, \w+, \w+", chains)
     names = [re.fullmatch(r"(\w+), (\w+): (\d+) cases", line) for line in tables]
     assert all(name is not None and int(name[3]) > 300 for name in names), tables
-    covered = {(name[1], name[2]) for name in names if name is not None}
-    assert {("portable", "float"), ("portable", "double")} <= covered
-    flags = cpu_flags()
-    if {"avx2", "fma"} <= flags:
-        assert {("avx2", "float"), ("avx2", "double")} <= covered
-    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        assert {("avx512", "float"), ("avx512", "double")} <= covered
-        assert (("avx512_bf16", "BFloat16") in covered) == ("avx512_bf16" in flags)
+    covered = {(name[1], name[2]): int(name[3]) for name in names if name is not None}
+    machine = machine_capabilities()
+    for name in ("portable", "avx2", "avx512"):
+        assert ({(name, "float"), (name, "double")} <= covered.keys()) == (name in machine)
+    has_bf16 = "avx512" in machine and "avx512_bf16" in cpu_flags()
+    assert (("avx512_bf16", "BFloat16") in covered) == has_bf16
+    assert (("amx", "TiledBFloat16") in covered) == ("amx" in machine)
+    if "amx" in machine:
+        assert covered["amx", "TiledBFloat16"] > 2 * covered["avx512_bf16", "BFloat16"]
 
 
-def cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return set(found[1].split()) if found else set()
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_chains_of_each_instruction_set(capability: str, plain_build: Path):
+    """Neither threads nor traversals change a bit, whichever kernels GREEDYNAS_CPU_CAPABILITY chooses."""
+    if capability not in machine_capabilities():
+        pytest.skip(f"this machine lacks {capability}")
+    single, bf16 = capability, capability
+    if capability == "avx512" and "avx512_bf16" in cpu_flags():
+        bf16 = "avx512_bf16"
+    if capability == "amx":
+        single = "avx512"
+    expected = [f"chains: {single}, {single}, {bf16}", "all as expected"]
+    assert run(plain_build, "--chains", capability=capability) == expected
 
 
-# What a function of each instruction set's namespace may use and what the set as a whole has to.
+# The instruction with which each set multiplies, its registers, and what only a wider set has.
+HALVES = r"\tv\w+(?:[ps]h|phx)\b"
+TILES = r"\t(?:(?:ld|st)tilecfg|tile\w+|tdp\w+)\b|%tmm"
 OBJECTS = {
-    "portable": ((), ("ymm", "zmm")),
-    "avx2": (("ymm", "vfmadd"), ("zmm",)),
-    "avx512": (("zmm", "vfmadd"), ()),
-    "avx512_bf16": (("zmm", "vfmadd", "vdpbf16ps"), ()),
+    "portable": {"uses": ["mulp"], "lacks": ["%[yz]mm", "vfmadd", "vdpbf16ps", HALVES, TILES]},
+    "avx2": {"uses": ["%ymm", r"vfmadd\w+p[sd]\b"], "lacks": ["%zmm", "vdpbf16ps", HALVES, TILES]},
+    "avx512": {"uses": ["%zmm", r"vfmadd\w+p[sd]\b"], "lacks": ["vdpbf16ps", HALVES, TILES]},
+    "avx512_bf16": {"uses": ["%zmm", r"vfmadd\w+ps\b", "vdpbf16ps"], "lacks": [HALVES, TILES]},
+    "amx": {"uses": ["%zmm", r"vfmadd\w+ps\b", r"vfmadd\w+ph\b", "vdpbf16ps"], "lacks": []},
 }
-NEEDS_AVX = re.compile(r"%[yz]mm|\tv[a-z]")  # wide registers, and any instruction in VEX or EVEX encoding
-NAMESPACE = re.compile(r"\bcpu::(avx2|avx512|avx512_bf16)::")
+# What functions multiply with, wherever they are not inlined, by what their names match.
+PRODUCTS = {
+    name: {"expand_tile<": product, "pool_group<": product, "MultiplyPanel<": product}
+    for name, product in (("portable", "mulp"), ("avx2", "vfmadd"), ("avx512", "vfmadd"), ("avx512_bf16", "vdpbf16ps"))
+}
+PRODUCTS["amx"] = {
+    "expand_tile<": "vdpbf16ps",  # where there is no half precision
+    "HalfExpandDepthwise|RingOfProducts<": "tdpbf16ps",
+    "half_depthwise_rows<": r"vfmadd\w+ph\b",
+    "normalise": r"vfmadd\w+ph\b",
+    "ProjectTiles|project_tiles": "tdpbf16ps",
+    "MultiplyTiles|multiply_panel<": "tdpbf16ps",
+    "pool_tiles<": "tdpbf16ps",
+    "finish_tiles": "tdpbf16ps",
+}
+# Wide registers, tiles, and any instruction in VEX or EVEX encoding.
+NEEDS_AVX = re.compile(rf"%[yz]mm|\tv[a-z]|{TILES}")
+NAMESPACE = re.compile(r"\bcpu::(avx2|avx512|avx512_bf16|amx)::")
 
 
 def instructions(file: Path) -> dict[str, list[str]]:
@@ -80,23 +106,30 @@ disassembles = pytest.mark.skipif(
 def test_kernels_use_their_instruction_set(name: str, plain_build: Path):
     functions = instructions(plain_build.with_name(f"kernels_{name}.o"))
     inner = {key: value for key, value in functions.items() if f"cpu::{name}::" in key}
-    assert any("expand_tile" in key for key in inner)
-    needed, forbidden = OBJECTS[name]
-    used = Counter(word for lines in inner.values() for line in lines for word in (*needed, *forbidden) if word in line)
-    for word in forbidden:
-        assert used[word] == 0, word
-    for word in needed:
-        assert used[word] > 100, word
-    # The products themselves, wherever they are not inlined.
-    product = "vdpbf16ps" if name == "avx512_bf16" else ("vfmadd" if needed else "mulp")
-    for kernel in ("expand_tile<", "pool_group<", "MultiplyPanel<"):
-        found = [lines for key, lines in inner.items() if kernel in key]
-        assert found, kernel
-        assert any(product in line for lines in found for line in lines), kernel
+    lines = [line for lines in inner.values() for line in lines]
+    for word in OBJECTS[name]["uses"]:
+        assert count(word, lines) > 100, word
+    for word in OBJECTS[name]["lacks"]:
+        assert count(word, lines) == 0, word
+    for kernel, product in PRODUCTS[name].items():
+        found = [lines for key, lines in inner.items() if re.search(kernel, key)]
+        assert any(count(product, lines) for lines in found), kernel
     registers = {"portable": "%xmm", "avx2": "%ymm"}.get(name, "%zmm")
+    rows = {"half_depthwise_rows<": r"ph\b", "depthwise_row<": r"p[sd]\b"}
     for key, lines in inner.items():
-        if "depthwise_row<" in key and name != "portable":
-            assert any("vfmadd" in line and registers in line for line in lines), key
+        kind = next((kind for kind in rows if kind in key), None)
+        if kind is not None and name != "portable":
+            assert count(rf"vfmadd\w+{rows[kind]}.*{registers}", lines), key
+
+
+@disassembles
+def test_tiles_and_half_precision_stay_inside_their_namespace(plain_build: Path):
+    functions = instructions(plain_build.with_name("kernels_amx.o"))
+    inner = [line for key, lines in functions.items() if "cpu::amx::" in key for line in lines]
+    for word in ("ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbf16ps"):
+        assert count(rf"\t{word}\b", inner) > 0, word
+    outer = [line for key, lines in functions.items() if "cpu::amx::" not in key for line in lines]
+    assert count(rf"{TILES}|{HALVES}", outer) == 0
 
 
 @disassembles
@@ -118,6 +151,15 @@ def test_nothing_outside_the_kernels_needs_avx_in_the_built_module():
         pytest.skip("the built module is stripped: its functions have no names")
     assert {key for key, lines in functions.items() if key not in inner and needs_avx(lines)} == set()
     assert any(needs_avx(functions[key]) for key in inner)
+    of_tiles = {key for key, lines in functions.items() if count(rf"{TILES}|{HALVES}", lines)}
+    assert {key for key in of_tiles if "cpu::amx::" not in key} == set()
+    assert any(count("tdpbf16ps", functions[key]) for key in of_tiles)
+    assert any(count(r"vfmadd\w+ph\b", functions[key]) for key in of_tiles)
+
+
+def count(pattern: str, lines: list[str]) -> int:
+    """Of the lines that hold the pattern."""
+    return sum(re.search(pattern, line) is not None for line in lines)
 
 
 def needs_avx(lines: list[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native_build import COMPILER, build, run
+from native_build import COMPILER, build, machine_capabilities, run
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -24,4 +24,8 @@ def test_under_sanitizers(flags: list[str], tmp_path: Path):
     operations, kernels = programs
     for capability in (None, "portable"):
         assert run(operations, capability=capability) == ["all as expected"]
-    assert run(kernels, "--quick")[-1] == "all as expected"
+    *tables, _, last = run(kernels, "--quick")
+    assert last == "all as expected"
+    assert ("amx" in machine_capabilities()) == any(line.startswith("amx, TiledBFloat16: ") for line in tables)
+    for capability in machine_capabilities()[:-1]:  # the best one's chains have been run
+        assert run(kernels, "--chains", capability=capability)[-1] == "all as expected"

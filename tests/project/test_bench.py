@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -369,8 +370,13 @@ def test_files_of_paths_come_from_a_training_and_a_search(bench, tmp_path):
 def test_the_stages_of_a_block_are_measured():
     done = subprocess.run([sys.executable, BENCH / "stages.py"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    first, _, *rows = done.stdout.splitlines()
+    first, *more = done.stdout.splitlines()
     assert re.fullmatch(r"one core: \d+ GMAC/s float32 from registers, [\d.]+ GB/s read from memory", first)
-    assert {row.split()[0] for row in rows} <= {"portable", "avx2", "avx512", "avx512_bf16"}
-    assert len(rows) in (7, 14)
-    assert all(0 < float(share) < 130 for row in rows for share in re.findall(r"([\d.]+)%", row))
+    if more[0].startswith(" "):
+        assert re.fullmatch(r" +\d+ GMAC/s half precision from registers, \d+ GMAC/s bf16 matrix tiles", more.pop(0))
+    assert more.pop(0).startswith("percent of the ceiling: ")
+    kernels = Counter(row.split()[0] for row in more)
+    assert kernels.keys() <= {"portable", "avx2", "avx512", "avx512_bf16", "amx"}
+    assert set(kernels.values()) == {7}
+    # Maps that stay in the cache come faster than memory gives them.
+    assert all(0 < float(share) < 200 for row in more for share in re.findall(r"([\d.]+)%", row))

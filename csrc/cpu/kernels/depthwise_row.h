@@ -42,7 +42,7 @@ INLINE void stream_column(const DepthwiseRow<T>& d, int v, int64_t column, Vec<C
     return;
   }
 #endif
-#if GREEDYNAS_BF16
+#ifdef GREEDYNAS_BF16
   if constexpr (sizeof(T) == 2 && kVectors == 2) {
     T* half = d.half_lines + column * kLanesEach;
     if (v == 0) return store_values<T>(half, value);

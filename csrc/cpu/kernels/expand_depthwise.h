@@ -86,7 +86,7 @@ class ExpandDepthwiseRun {
       : a_(arguments),
         out_height_(ceil_div(a_.height, a_.stride)),
         out_width_(ceil_div(a_.width, a_.stride)),
-        hidden_(padded(a_.hidden_channels)),
+        hidden_(row_channels<T>(a_.hidden_channels)),
         wide_(choose_fill<T, 2>(a_.expand_weight, a_.activation)),
         wide_row_(choose_row<T, 2>(a_.kernel, a_.stride, out_width_)) {
     if constexpr (kHasNarrowGroup<C>) narrow_ = choose_fill<T, 1>(a_.expand_weight, a_.activation);
@@ -133,7 +133,7 @@ class ExpandDepthwiseRun {
     const int64_t images = std::min(a_.slab_images, a_.images - first_image);
     const int64_t image_pixels = a_.height * a_.width, out_pixels = out_height_ * out_width_;
     const int64_t pixels = images * image_pixels;
-    const int64_t in_stride = padded(a_.in_channels);
+    const int64_t in_stride = row_channels<T>(a_.in_channels);
     const bool wide = width == kGroupWidth<C>;
     const auto fill = wide ? wide_ : narrow_;
     const RowKernel<T> row_kernel = wide ? wide_row_ : narrow_row_;

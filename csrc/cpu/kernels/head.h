@@ -67,13 +67,13 @@ void pool_group(const HeadPool<T>& h, int64_t slab, int64_t channel) {
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
   constexpr int kWidth = kVectors * kLanesEach;
-  const int64_t stride = padded(h.in_channels), depth = packed_depth<T>(h.in_channels);
+  const int64_t stride = row_channels<T>(h.in_channels), depth = packed_depth<T>(h.in_channels);
   const int64_t first_image = slab * h.slab_images;
   const int64_t images = std::min(h.slab_images, h.images - first_image);
   const int64_t pixels = images * h.image_pixels;
   const T* input = h.input + first_image * h.image_pixels * stride;
   const T* weight = h.weight + channel * depth;
-  C* output = h.output + first_image * padded(h.channels) + channel;
+  C* output = h.output + first_image * row_channels<T>(h.channels) + channel;
   Vec<C> scale[kVectors], shift[kVectors], sum[kVectors];
   double totals[kWidth] = {};
   UNROLL
@@ -112,7 +112,7 @@ void pool_group(const HeadPool<T>& h, int64_t slab, int64_t channel) {
       }
       if (left > 0) continue;
       for (int c = 0; c < kWidth; ++c) {
-        output[image * padded(h.channels) + c] =
+        output[image * row_channels<T>(h.channels) + c] =
             static_cast<C>(totals[c] / static_cast<double>(h.image_pixels));
         totals[c] = 0;
       }
@@ -125,7 +125,7 @@ void pool_group(const HeadPool<T>& h, int64_t slab, int64_t channel) {
 template <typename T>
 void head_pool(const HeadPool<T>& h, int64_t first_unit, int64_t last_unit) {
   using C = Compute<T>;
-  const int64_t channels = padded(h.channels), groups = ceil_div(channels, kGroupWidth<C>);
+  const int64_t channels = row_channels<T>(h.channels), groups = ceil_div(channels, kGroupWidth<C>);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const int64_t slab = unit / groups, channel = unit % groups * kGroupWidth<C>;
     if (kHasNarrowGroup<C> && channels - channel < kGroupWidth<C>) {

@@ -10,7 +10,7 @@ INLINE void finish_pixels(const FinishMap<T>& f, int64_t first, int64_t count, C
                           double* sums) {
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
-  const int64_t stride = padded(f.channels);
+  const int64_t stride = row_channels<T>(f.channels);
   for (int64_t c = 0; c < stride; c += kLanesEach) {
     Vec<C> scale{}, shift{}, pilot{}, sum{};
     if (f.scale) {
@@ -71,7 +71,7 @@ template <typename T>
 void finish(const FinishMap<T>& f, int64_t first_unit, int64_t last_unit, double* gram, double* sums) {
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
-  const int64_t stride = padded(f.channels);
+  const int64_t stride = row_channels<T>(f.channels);
   thread_local Scratch<C> centred_memory;
   C* centred = f.pilot ? centred_memory.get(kGramPixels * stride) : nullptr;
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
@@ -96,9 +96,9 @@ template <typename T>
 const Compute<T>* group_weights(const T* weight, int64_t, int64_t) {
   return weight;
 }
-#if GREEDYNAS_BF16
+#ifdef GREEDYNAS_BF16
 template <>
-const float* group_weights<BFloat16>(const BFloat16* weight, int64_t depth, int64_t width) {
+const float* group_weights<Bf16>(const Bf16* weight, int64_t depth, int64_t width) {
   thread_local Scratch<float> memory;
   float* out = memory.get((depth + 1) * width);
   for (int64_t k = 0; k < depth; ++k) {
@@ -164,7 +164,7 @@ void pointwise_moments(const Compute<T>* mean, const Compute<T>* covariance, int
                        int64_t channels, int64_t group, Compute<T>* out_mean, Compute<T>* out_variance) {
   using C = Compute<T>;
   const int64_t channel = group * kGroupWidth<C>;
-  const int64_t width = std::min<int64_t>(kGroupWidth<C>, padded(channels) - channel);
+  const int64_t width = std::min<int64_t>(kGroupWidth<C>, row_channels<T>(channels) - channel);
   const C* w = group_weights<T>(weight + channel * packed_depth<T>(depth), depth, width);
   if (kHasNarrowGroup<C> && width < kGroupWidth<C>) {
     group_moments<C, 1>(mean, covariance, depth, w, out_mean + channel, out_variance + channel);

@@ -1,114 +1,4 @@
-// project, strided and patches: pointwise convolutions whose inputs are first laid out, ready to be
-// multiplied, in a panel of kPanelPixels that stays in the cache: [group of input channels][pixel][channel of
-// the group].
-
-template <typename T>
-struct Panel {
-  T* values;
-  // What panels are made from, laid out likewise with source_pixels pixels for each group; or null. From
-  // next_pixel on it is fetched while this panel is multiplied.
-  const T* source = nullptr;
-  int64_t source_pixels = 0, next_pixel = 0;
-
-  // Of an input channel group that begins at `channel`.
-  T* group(int64_t channel) const { return values + channel * kPanelPixels; }
-};
-
-template <typename T, int kVectors>
-struct MultiplyPanel {
-  using C = Compute<T>;
-  static constexpr int kLanesEach = kVectorLanes<C>;
-  static constexpr int kWidth = kVectors * kLanesEach;
-
-  const PointwiseOutput<T>& out;
-  const Panel<T>& panel;
-  int64_t depth_stride;  // padded depth of the panel
-  int64_t channel;
-  int64_t first_pixel;  // of the panel in the output
-  int64_t pixels;
-  C* sums;  // [pilot, sum, squares][padded(channels)] or null
-  bool sets_pilot;
-
-  void run() const {
-    for (int64_t p = 0; p < pixels; p += kTileRows) {
-      if (pixels - p >= kTileRows) {
-        tile<true>(p, kTileRows);
-      } else {
-        tile<false>(p, pixels - p);
-      }
-    }
-  }
-
- private:
-  template <bool kFull>
-  INLINE void tile(int64_t p, int64_t rows) const {
-    Vec<C> acc[kTileRows][kVectors];
-    clear(acc);
-    const int64_t depth = packed_depth<T>(out.depth);
-    const T* weight = out.weight + channel * depth;
-    for (int64_t k = 0; k < depth; k += kGroupWidth<C>) {
-      const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - k);
-      if (panel.source && channel == 0) {
-        const T* pixels_ahead = panel.source + k * panel.source_pixels + (panel.next_pixel + p) * width;
-        const char* next = reinterpret_cast<const char*>(pixels_ahead);
-        for (int64_t line = 0; line < kTileRows * width * int64_t{sizeof(T)}; line += 64) {
-          __builtin_prefetch(next + line, 0, 2);
-        }
-      }
-      multiply_rows<kTileRows, kVectors>(acc, panel.group(k) + p * width, width, std::min(width, depth - k),
-                                         weight + k * kWidth);
-    }
-    const int64_t stride = padded(out.channels);
-    T* output = out.output + (first_pixel + p) * stride + channel;
-    if (sums) {
-      store_raw<kFull>(acc, output, stride, p, rows);
-    } else {
-      GREEDYNAS_WITH_ACTIVATION(out.activation,
-                                (store_mapped<kFull, kActivation>(acc, output, stride, p, rows)))
-    }
-  }
-
-  template <bool kFull>
-  INLINE void store_raw(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p,
-                        int64_t rows) const {
-    C* part = sums + channel;
-    UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      Vec<C> pilot = load<C>(part + v * kLanesEach);
-      if (sets_pilot && p == 0) store<C>(part + v * kLanesEach, pilot = acc[0][v]);
-      Vec<C> sum = load<C>(part + stride + v * kLanesEach),
-             squares = load<C>(part + 2 * stride + v * kLanesEach);
-      UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
-        if (!kFull && r >= rows) break;
-        store_values<T>(output + r * stride + v * kLanesEach, acc[r][v]);
-        const Vec<C> distance = acc[r][v] - pilot;
-        sum += distance;
-        squares += distance * distance;
-      }
-      store<C>(part + stride + v * kLanesEach, sum);
-      store<C>(part + 2 * stride + v * kLanesEach, squares);
-    }
-  }
-
-  template <bool kFull, Activation kActivation>
-  INLINE void store_mapped(Vec<C> (&acc)[kTileRows][kVectors], T* output, int64_t stride, int64_t p,
-                           int64_t rows) const {
-    const T* residual = out.residual ? out.residual + (first_pixel + p) * stride + channel : nullptr;
-    UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<C> scale = load<C>(out.scale + channel + v * kLanesEach);
-      const Vec<C> shift = load<C>(out.shift + channel + v * kLanesEach);
-      UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
-        if (!kFull && r >= rows) break;
-        Vec<C> x = activate<kActivation, C>(acc[r][v] * scale + shift);
-        if (residual) x += load_values<T>(residual + r * stride + v * kLanesEach);
-        store_values<T>(output + r * stride + v * kLanesEach, x);
-      }
-    }
-  }
-};
+// project, strided and patches: pointwise convolutions whose inputs are first laid out in a panel.
 
 // Works through blocks of pixels: `fill(panel, first pixel, pixels)` lays out the input, pixels counted from
 // `first_pixel` of the output.
@@ -116,27 +6,21 @@ template <typename T, typename Fill>
 INLINE void pointwise_blocks(const PointwiseOutput<T>& out, int64_t first_pixel, int64_t total_pixels,
                              int64_t first_block, int64_t last_block, int64_t first_unit, const Fill& fill) {
   using C = Compute<T>;
-  const int64_t stride = padded(out.channels), depth_stride = padded(out.depth);
+  const int64_t stride = row_channels<T>(out.channels), depth_stride = row_channels<T>(out.depth);
+  [[maybe_unused]] const Tiles tiles;
   thread_local Scratch<T> panel_memory;
   thread_local Scratch<C> sums_memory;
-  Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>)*kPanelPixels)};
+  Panel<T> panel{panel_memory.get((depth_stride + kGroupWidth<C>)*kPanelPixels<T>)};
   C* sums = out.partials ? sums_memory.get(3 * stride) : nullptr;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = block * kBlockPixels, end = std::min(begin + kBlockPixels, total_pixels);
     if (sums) std::fill_n(sums, 3 * stride, C(0));
-    for (int64_t pixel = begin; pixel < end; pixel += kPanelPixels) {
-      const int64_t pixels = std::min(kPanelPixels, end - pixel);
+    for (int64_t pixel = begin; pixel < end; pixel += kPanelPixels<T>) {
+      const int64_t pixels = std::min(kPanelPixels<T>, end - pixel);
       fill(panel, pixel, pixels);
       for (int64_t channel = 0; channel < stride; channel += kGroupWidth<C>) {
-        if (kHasNarrowGroup<C> && stride - channel < kGroupWidth<C>) {
-          MultiplyPanel<T, 1>{out,    panel, depth_stride,  channel, first_pixel + pixel,
-                              pixels, sums,  pixel == begin}
-              .run();
-        } else {
-          MultiplyPanel<T, 2>{out,    panel, depth_stride,  channel, first_pixel + pixel,
-                              pixels, sums,  pixel == begin}
-              .run();
-        }
+        multiply_panel<T>(
+            {out, panel, depth_stride, channel, first_pixel + pixel, pixels, sums, pixel == begin});
       }
     }
     if (!sums) continue;
@@ -181,7 +65,7 @@ template <typename T>
 void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t slab, int64_t first_block,
              int64_t last_block) {
   using C = Compute<T>;
-  const int64_t hidden = padded(out.depth);
+  const int64_t hidden = row_channels<T>(out.depth);
   const int64_t first_image = slab * in.slab_images;
   const int64_t slab_pixels = std::min(in.slab_images, in.images - first_image) * in.image_pixels;
   const int64_t blocks_per_slab = ceil_div(in.slab_images * in.image_pixels, kBlockPixels);
@@ -190,7 +74,7 @@ void project(const ProjectInput<T>& in, const PointwiseOutput<T>& out, int64_t s
   const auto fill = [&](Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
     panel.source = source;
     panel.source_pixels = slab_pixels;
-    panel.next_pixel = pixel + kPanelPixels;
+    panel.next_pixel = pixel + kPanelPixels<T>;
     for (int64_t channel = 0; channel < hidden; channel += kGroupWidth<C>) {
       const int64_t width = std::min<int64_t>(kGroupWidth<C>, hidden - channel);
       const T* group = source + channel * slab_pixels + pixel * width;
@@ -215,7 +99,7 @@ void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t f
              int64_t last_block) {
   using C = Compute<T>;
   const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
-  const int64_t stride = padded(in.channels);
+  const int64_t stride = row_channels<T>(in.channels);
   const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
     for (int64_t p = 0; p < pixels; ++p) {
       const int64_t x = (pixel + p) % out_width, row = (pixel + p) / out_width;
@@ -235,9 +119,9 @@ void patches(const PatchInput<T>& in, const PointwiseOutput<T>& out, int64_t fir
              int64_t last_block) {
   using C = Compute<T>;
   const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
-  const int64_t depth_stride = padded(out.depth), padding = in.kernel / 2;
+  const int64_t depth_stride = row_channels<T>(out.depth), padding = in.kernel / 2;
   const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
-    std::fill_n(panel.values, depth_stride * kPanelPixels, T{});
+    std::fill_n(panel.values, depth_stride * kPanelPixels<T>, T{});
     for (int64_t p = 0; p < pixels; ++p) {
       const int64_t x = (pixel + p) % out_width, row = (pixel + p) / out_width;
       const int64_t image = row / out_height, y = row % out_height;

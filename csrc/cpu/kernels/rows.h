@@ -19,11 +19,11 @@ INLINE void multiply_rows(Vec<Compute<T>> (&sums)[kRows][kVectors], const T* in,
   }
 }
 
-#if GREEDYNAS_BF16
+#ifdef GREEDYNAS_BF16
 // Two neighbouring inputs at a time; depth is even.
 template <int kRows, int kVectors>
-INLINE void multiply_rows(Vec<float> (&sums)[kRows][kVectors], const BFloat16* in, int64_t in_stride,
-                          int64_t depth, const BFloat16* weight) {
+INLINE void multiply_rows(Vec<float> (&sums)[kRows][kVectors], const Bf16* in, int64_t in_stride,
+                          int64_t depth, const Bf16* weight) {
   for (int64_t k = 0; k < depth; k += 2) {
     __m512bh w[kVectors];
     UNROLL
@@ -46,6 +46,7 @@ INLINE void multiply_rows(Vec<float> (&sums)[kRows][kVectors], const BFloat16* i
 // The input channels that a packed weight has rows for.
 template <typename T>
 constexpr int64_t packed_depth(int64_t channels) {
+  if constexpr (kTiled<T>) return row_channels<T>(channels);
   return sizeof(T) == 2 ? (channels + 1) / 2 * 2 : channels;
 }
 

@@ -29,7 +29,7 @@ template <typename T>
 void squeeze(const Squeeze<T>& s, int64_t first_slab, int64_t last_slab) {
   using C = Compute<T>;
   const ProjectInput<T>& in = s.input;
-  const int64_t hidden = padded(s.hidden_channels);
+  const int64_t hidden = row_channels<T>(s.hidden_channels);
   for (int64_t slab = first_slab; slab < last_slab; ++slab) {
     const int64_t first_image = slab * in.slab_images;
     const int64_t images = std::min(in.slab_images, in.images - first_image);

@@ -17,5 +17,16 @@ constexpr Kernels<T> make_kernels() {
   kernels.squeeze = &squeeze<T>;
   kernels.linear = &linear<C>;
   kernels.head_pool = &head_pool<T>;
+#ifdef GREEDYNAS_AMX
+  kernels.expand_depthwise = &expand_depthwise_tiles;
+  kernels.squeeze = &squeeze_tiles;
+  kernels.finish = &finish_tiles;
+  kernels.head_pool = &head_pool_tiles;
+  kernels.project = &project_tiles;
+  kernels.patches = &patches_tiles;
+  kernels.to_halves = &to_halves;
+  kernels.pack_tiles = &pack_tiles;
+  kernels.largest_of_rows = &largest_of_rows;
+#endif
   return kernels;
 }

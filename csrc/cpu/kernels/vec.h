@@ -1,5 +1,6 @@
 // Vectors of one instruction set. Every file in this folder is included by one kernels_*.cpp per instruction
-// set, inside its namespace and its target pragma; GREEDYNAS_VECTOR_BYTES and GREEDYNAS_LEVEL say which.
+// set, inside its namespace and its target pragma; GREEDYNAS_VECTOR_BYTES and GREEDYNAS_LEVEL say
+// which, GREEDYNAS_BF16 the type of bfloat16 where there are products of it.
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -153,18 +154,19 @@ template <typename T>
 INLINE T from_compute(Compute<T> x) {
   return x;
 }
-#if GREEDYNAS_BF16
+#ifdef GREEDYNAS_BF16
+using Bf16 = GREEDYNAS_BF16;
 template <>
-INLINE Vec<float> load_values<BFloat16>(const BFloat16* p) {
+INLINE Vec<float> load_values<Bf16>(const Bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return (Vec<float>)_mm512_slli_epi32(wide, 16);
 }
 template <>
-INLINE void store_values<BFloat16>(BFloat16* p, Vec<float> v) {
+INLINE void store_values<Bf16>(Bf16* p, Vec<float> v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
 template <>
-INLINE BFloat16 from_compute<BFloat16>(float x) {
+INLINE Bf16 from_compute<Bf16>(float x) {
   return {static_cast<uint16_t>(((__v8hi)_mm_cvtneps_pbh(_mm_set1_ps(x)))[0])};
 }
 #endif
