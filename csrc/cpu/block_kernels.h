@@ -96,7 +96,8 @@ struct ExpandDepthwise {
   int64_t slab_images;
   // Of kTiled kernels with an affine map, or null: the depthwise weights as half-precision numbers, laid out
   // like `depthwise`. Then what they meet is multiplied by `factor` first (powers of two, which keep it in
-  // the range of half precision), and the output is of such numbers too.
+  // the range of half precision), and the output is of such numbers too. Weights and output are on a cache
+  // line's boundary.
   const uint16_t* half_depthwise;
   const Compute<T>* factor;
   T* output;  // of slab `first_slab`
@@ -131,8 +132,9 @@ struct ProjectInput {
   const Compute<T>*scale, *shift;
   int64_t activation;
   const Compute<T>* gates;  // [images][row_channels(hidden)] or null
-  // Of kTiled kernels: whether the depthwise output is of half-precision numbers, and powers of two by which
-  // the projection's inputs are multiplied, its weights being divided by them; null: 1.
+  // Of kTiled kernels: whether the depthwise output is of half-precision numbers, on a cache line's boundary,
+  // and powers of two by which the projection's inputs are multiplied, its weights being divided by them;
+  // never null.
   bool halves = false;
   const Compute<T>* factor = nullptr;
 };

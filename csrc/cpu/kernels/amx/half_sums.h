@@ -2,9 +2,10 @@
 // small depthwise convolution, so that a tile's outputs, 16 at most, are added up in half precision first:
 // their distances from a pilot, multiplied by a power of two, `range`, that makes them about 1, and the
 // squares of those. Rounding costs 2^-11 of each number at most, in either direction; the sums go on in float
-// and double. A tile whose squares leave the range of half precision is added up in float.
+// and double. A tile whose squares leave the range of half precision is added up in float, and makes the
+// range wider.
 //
-// The range is that of the first kMeasuredTiles tiles, which are added up in float. Should all others be so
+// At first the range is that of kMeasuredTiles tiles, which are added up in float. Should all others be so
 // much closer to the pilot that their squares vanish, they add less to the variance than rounding does.
 struct HalfSums {
   static constexpr int64_t kMeasuredTiles = 4;
@@ -64,10 +65,16 @@ struct HalfSums {
   }
 
  private:
-  __attribute__((noinline)) void add_in_float(const Half* const (&stored)[2], int64_t rows, int64_t columns) {
+  struct Squares {
+    Vec<float> of[2];
+  };
+
+  // Adds a tile up in float; returns the sums of its squares.
+  Squares sum_in_float(const Half* const (&stored)[2], int64_t rows, int64_t columns) {
+    Squares result;
     for (int v = 0; v < 2; ++v) {
       const Vec<float> from = load<float>(pilot + v * 16), by = load<float>(range + v * 16);
-      Vec<float> s = load<float>(sum + v * 16), q = load<float>(squares + v * 16);
+      Vec<float> s{}, q{};
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < columns; ++c) {
           const Halves x = load_halves(stored[r] + c * kHalfLanes);
@@ -76,8 +83,19 @@ struct HalfSums {
           q += distance * distance;
         }
       }
-      store<float>(sum + v * 16, s);
-      store<float>(squares + v * 16, q);
+      store<float>(sum + v * 16, load<float>(sum + v * 16) + s);
+      store<float>(squares + v * 16, load<float>(squares + v * 16) + q);
+      result.of[v] = q;
+    }
+    return result;
+  }
+
+  // A tile that left the range, and makes it wider.
+  __attribute__((noinline)) void add_in_float(const Half* const (&stored)[2], int64_t rows, int64_t columns) {
+    const Squares found = sum_in_float(stored, rows, columns);
+    for (int v = 0; v < 2; ++v) {
+      const Vec<float> variance = found.of[v] / static_cast<float>(rows * columns);
+      change_range(v * 16, _mm512_cmp_ps_mask((__m512)variance, _mm512_set1_ps(1), _CMP_GT_OQ), variance);
     }
   }
 
@@ -86,32 +104,36 @@ struct HalfSums {
       store<float>(pilot, low_half(load_halves(stored[0])));
       store<float>(pilot + 16, high_half(load_halves(stored[0])));
     }
-    add_in_float(stored, rows, columns);
+    sum_in_float(stored, rows, columns);
     measured += rows * columns;
     if (tiles < kMeasuredTiles) return;
-    for (int64_t c = 0; c < kHalfLanes; c += 16) {
-      const __m512 variance =
-          _mm512_mul_ps(_mm512_load_ps(squares + c), _mm512_set1_ps(1 / static_cast<float>(measured)));
-      const __m512 from = _mm512_load_ps(pilot + c), half = _mm512_set1_ps(-0.5f);
-      // Nor may the pilot leave the range of half precision.
-      const __m512 most =
-          _mm512_min_ps(_mm512_set1_ps(14), _mm512_sub_ps(_mm512_set1_ps(13), _mm512_getexp_ps(from)));
-      const __m512 exponent =
-          _mm512_min_ps(most, _mm512_floor_ps(_mm512_mul_ps(_mm512_getexp_ps(variance), half)));
-      // Of what was constant so far, or is not finite, it stays 1.
-      const __mmask16 known = _mm512_cmp_ps_mask(variance, _mm512_setzero_ps(), _CMP_GT_OQ) &
-                              _mm512_cmp_ps_mask(variance, _mm512_set1_ps(1e9f), _CMP_LT_OQ);
-      const __m512 one = _mm512_set1_ps(1);
-      const __m512 by = _mm512_mask_scalef_ps(one, known, one, exponent);
-      _mm512_store_ps(range + c, by);
-      _mm512_store_ps(inverse_range + c, _mm512_div_ps(one, by));
-      _mm512_store_ps(sum + c, _mm512_mul_ps(_mm512_load_ps(sum + c), by));
-      _mm512_store_ps(squares + c, _mm512_mul_ps(_mm512_load_ps(squares + c), _mm512_mul_ps(by, by)));
-      const auto halves = [](Half* to, __m512 x) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtxps_ph(x));
-      };
-      halves(half_range + c, by);
-      halves(half_origin + c, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(from, by)));
-    }
+    for (int v = 0; v < 2; ++v)
+      change_range(v * 16, 0xffff, load<float>(squares + v * 16) / static_cast<float>(measured));
+  }
+
+  // Makes numbers of the given variance, in the present range, about 1, in those channels from `c` on that
+  // `mask` names. What was constant so far gets the narrowest range: its first tile that is not will make it
+  // wider.
+  INLINE void change_range(int64_t c, __mmask16 mask, Vec<float> variance) {
+    const __m512 one = _mm512_set1_ps(1), from = _mm512_load_ps(pilot + c), old = _mm512_load_ps(range + c);
+    mask &=
+        _mm512_cmp_ps_mask((__m512)variance, _mm512_set1_ps(1e30f), _CMP_LT_OQ);  // not what is not finite
+    const __m512 change =
+        _mm512_floor_ps(_mm512_mul_ps(_mm512_getexp_ps((__m512)variance), _mm512_set1_ps(-0.5f)));
+    // Neither the range nor the pilot may leave half precision.
+    const __m512 most =
+        _mm512_min_ps(_mm512_set1_ps(14), _mm512_sub_ps(_mm512_set1_ps(13), _mm512_getexp_ps(from)));
+    const __m512 wanted = _mm512_add_ps(_mm512_getexp_ps(old), change);
+    const __m512 exponent = _mm512_max_ps(_mm512_set1_ps(-14), _mm512_min_ps(most, wanted));
+    const __m512 now = _mm512_mask_scalef_ps(old, mask, one, exponent), by = _mm512_div_ps(now, old);
+    _mm512_store_ps(range + c, now);
+    _mm512_store_ps(inverse_range + c, _mm512_div_ps(one, now));
+    _mm512_store_ps(sum + c, _mm512_mul_ps(_mm512_load_ps(sum + c), by));
+    _mm512_store_ps(squares + c, _mm512_mul_ps(_mm512_load_ps(squares + c), _mm512_mul_ps(by, by)));
+    const auto halves = [](Half* to, __m512 x) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtxps_ph(x));
+    };
+    halves(half_range + c, now);
+    halves(half_origin + c, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(from, now)));
   }
 };

@@ -17,6 +17,9 @@ INLINE bool normalise_by_shift(const ProjectInput<TiledBFloat16>& in, const Half
   }
   const Halves a = to_halves(scale[0], scale[1]), b = to_halves(shift[0], shift[1]);
   const Halves six = to_halves(factor[0] * 6.f, factor[1] * 6.f);
+  constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;
+  const __mmask32 no_halves = _mm512_fpclass_ph_mask(a, kNotFinite) | _mm512_fpclass_ph_mask(b, kNotFinite);
+  if (no_halves != 0) return false;  // an affine map beyond half precision
   const __m512i half_unit = _mm512_set1_epi16(4);
   __m512i largest = _mm512_setzero_si512();
   for (int64_t p = 0; p < pixels; ++p) {
