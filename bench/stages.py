@@ -2,9 +2,10 @@
 
 Run: python bench/stages.py
 
-Compiles stages.cpp with the kernels and measures, in one process, the ceilings (multiply-accumulates from registers,
-bytes read from memory) and, for shapes of `mbv2-7`, the three stages: expand_depthwise, project, finish (the last
-BatchNorm, the residual and the moments). Products of bf16 are taken to be twice as many a second as float32's.
+Compiles stages.cpp with the kernels and measures, in one process, the ceilings (multiply-accumulates from registers in
+float32, and where there are such instructions in half precision and by matrix tiles; bytes read from memory) and, for
+shapes of `mbv2-7`, the three stages: expand_depthwise, project, finish (last BatchNorm, residual, moments).
+Products of AVX512-BF16 are taken to be twice as many a second as float32's.
 """
 
 from __future__ import annotations

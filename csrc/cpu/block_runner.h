@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "block_kernels.h"
 #include "operation_source.h"
 #include "parallel.h"
+#include "pilot.h"
 #include "statistics.h"
 #include "weights.h"
 #include "workspace.h"
@@ -20,19 +20,6 @@ namespace greedynas::cpu {
 // have more of it.
 template <typename T>
 inline constexpr int64_t kStreamedBytes = kTiled<T> ? 64 << 20 : 16 << 20;
-
-template <typename C>
-C value_of(C x) {
-  return x;
-}
-inline float value_of_bfloat16(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline float value_of(BFloat16 x) { return value_of_bfloat16(x.bits); }
-inline float value_of(TiledBFloat16 x) { return value_of_bfloat16(x.bits); }
 
 template <typename T>
 class BlockRunner {
@@ -87,7 +74,7 @@ class BlockRunner {
     }
     std::vector<C> pilot;
     if (map.moments.mean) {
-      pilot = pilot_of(f);
+      pilot = pilot_of(k_, f);
       f.pilot = pilot.data();
     }
     const int64_t units = ceil_div(pixels, kGramPixels), segments = segments_of(pixels),
@@ -298,50 +285,6 @@ class BlockRunner {
             nullptr,
             from.half_depthwise != nullptr,
             middle.factor.empty() ? nullptr : middle.factor.data()};
-  }
-
-  // The mean of some pixels all over the batch.
-  std::vector<C> pilot_of(const FinishMap<T>& f) const {
-    const int64_t stride = row_channels<T>(f.channels), samples = std::min<int64_t>(f.pixels, 64);
-    FinishMap<T> sample = f;
-    std::vector<T> raw(samples * stride), out(samples * stride), residual(samples * stride);
-    for (int64_t i = 0; i < samples; ++i) {
-      const int64_t row = i * f.pixels / samples * stride;
-      std::copy_n(f.raw + row, stride, raw.data() + i * stride);
-      if (f.residual) std::copy_n(f.residual + row, stride, residual.data() + i * stride);
-    }
-    sample.raw = raw.data();
-    sample.output = out.data();
-    sample.pixels = samples;
-    sample.residual = f.residual ? residual.data() : nullptr;
-    sample.pilot = nullptr;
-    k_.finish(sample, 0, 1, nullptr, nullptr);
-    const std::vector<T>& values = f.scale ? out : raw;
-    std::vector<C> pilot(stride, C(0));
-    for (int64_t i = 0; i < samples; ++i) {
-      for (int64_t c = 0; c < stride; ++c) pilot[c] += value_of(values[i * stride + c]);
-    }
-    for (C& mean : pilot) {
-      mean /= static_cast<C>(samples);
-      if (!(mean - mean == C(0))) mean = C(0);  // what is not finite shows in the products
-    }
-    if constexpr (kTiled<T>) keep_far_pilots(values, samples, pilot);
-    return pilot;
-  }
-
-  // Tiles multiply bfloat16. Of values whose mean is less than a few deviations from 0 nothing cancels, and
-  // they stay as they are; the distance of others from a pilot is mostly a bfloat16, if that is one.
-  static void keep_far_pilots(const std::vector<T>& values, int64_t samples, std::vector<C>& pilot) {
-    const auto stride = static_cast<int64_t>(pilot.size());
-    for (int64_t c = 0; c < stride; ++c) {
-      C variance = 0;
-      for (int64_t i = 0; i < samples; ++i) {
-        const C distance = value_of(values[i * stride + c]) - pilot[c];
-        variance += distance * distance / static_cast<C>(samples);
-      }
-      const bool far = pilot[c] * pilot[c] > 64 * variance;
-      pilot[c] = far ? value_of(round_to(pilot[c], static_cast<T*>(nullptr))) : C(0);
-    }
   }
 
   ExpandDepthwise<T> expand_depthwise(const PackedOperation<T>& op, const Map<T>& in, const Affine<C>* before,

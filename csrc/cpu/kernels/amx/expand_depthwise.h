@@ -1,8 +1,12 @@
 // expand_depthwise with matrix tiles and a ring of half-precision numbers: half the instructions, and half
 // the cache, of float. What has no half_depthwise runs as in ../expand_depthwise.h.
 //
-// The tiles of the next pixels are multiplied while the vector units normalise those of the last: the two
-// share no unit, and the processor overlaps them as far as they lie near each other in the program.
+// Measured, per pixel and group of 32 channels (56x56, 32 -> 192 channels, a core of a Granite Rapids at 3.7
+// GHz): 22 cycles with a kernel of 3, 44 with 7. Of these 5 are the tiles' if nothing else runs, 4.5 the
+// normalising, 4.5 and 24.5 the products of the depthwise convolution, 2 the statistics, the rest loads and
+// stores. A third of the tiles' time hides behind the vector units. Tried and left: 32 pixels at a time in
+// one set of registers (storing a tile and multiplying the next do not overlap), fetching the output ahead,
+// two rows of outputs at once where rows are long.
 
 // 32 pixels of a group: where they come from and where in the ring they go.
 struct FillHalves {

@@ -1,0 +1,76 @@
+// Near which values the second moments of a map are taken, so that nothing cancels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "block_kernels.h"
+#include "weights.h"
+
+namespace greedynas::cpu {
+
+template <typename C>
+C value_of(C x) {
+  return x;
+}
+inline float value_of_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float value_of(BFloat16 x) { return value_of_bfloat16(x.bits); }
+inline float value_of(TiledBFloat16 x) { return value_of_bfloat16(x.bits); }
+
+// Tiles multiply bfloat16. Of values whose mean is less than a few deviations from 0 nothing cancels, and
+// they stay as they are; the distance of others from a pilot is mostly a bfloat16, if that is one.
+template <typename T>
+void keep_far_pilots(const std::vector<T>& values, int64_t samples, std::vector<Compute<T>>& pilot) {
+  using C = Compute<T>;
+  const auto stride = static_cast<int64_t>(pilot.size());
+  for (int64_t c = 0; c < stride; ++c) {
+    C variance = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      const C distance = value_of(values[i * stride + c]) - pilot[c];
+      variance += distance * distance / static_cast<C>(samples);
+    }
+    const bool far = pilot[c] * pilot[c] > 64 * variance;
+    pilot[c] = far ? value_of(round_to(pilot[c], static_cast<T*>(nullptr))) : C(0);
+  }
+}
+
+// The mean of some pixels all over a map that `f` is to finish; kTiled kernels get it only where they need
+// it.
+template <typename T>
+std::vector<Compute<T>> pilot_of(const Kernels<T>& kernels, const FinishMap<T>& f) {
+  using C = Compute<T>;
+  const int64_t stride = row_channels<T>(f.channels), samples = std::min<int64_t>(f.pixels, 64);
+  FinishMap<T> sample = f;
+  std::vector<T> raw(samples * stride), out(samples * stride), residual(samples * stride);
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t row = i * f.pixels / samples * stride;
+    std::copy_n(f.raw + row, stride, raw.data() + i * stride);
+    if (f.residual) std::copy_n(f.residual + row, stride, residual.data() + i * stride);
+  }
+  sample.raw = raw.data();
+  sample.output = out.data();
+  sample.pixels = samples;
+  sample.residual = f.residual ? residual.data() : nullptr;
+  sample.pilot = nullptr;
+  kernels.finish(sample, 0, 1, nullptr, nullptr);
+  const std::vector<T>& values = f.scale ? out : raw;
+  std::vector<C> pilot(stride, C(0));
+  for (int64_t i = 0; i < samples; ++i) {
+    for (int64_t c = 0; c < stride; ++c) pilot[c] += value_of(values[i * stride + c]);
+  }
+  for (C& mean : pilot) {
+    mean /= static_cast<C>(samples);
+    if (!(mean - mean == C(0))) mean = C(0);  // what is not finite shows in the products
+  }
+  if constexpr (kTiled<T>) keep_far_pilots(values, samples, pilot);
+  return pilot;
+}
+
+}  // namespace greedynas::cpu
