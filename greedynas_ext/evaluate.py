@@ -92,7 +92,8 @@ def evaluate_paths(
         label_smoothing: of the cross-entropy, in [0, 1].
         precision: None follows the supernet's dtype and an active autocast; "fp32" does the arithmetic on weights in
             float32 with autocast off; "bf16" rounds activations and weights to bfloat16 (modules: under bfloat16
-            autocast) and sums in float32; fused, on a machine without bfloat16 products, it is "fp32".
+            autocast) and sums in float32; fused, the depthwise convolution is in half precision where there are
+            matrix tiles (AMX, AVX512-FP16), and on a machine without bfloat16 products it is "fp32".
         max_memory: bytes for activations and working memory. Layer by layer is used where it fits, depth-first
             elsewhere; where that does not fit either, images are split where the statistics allow it (not where
             those of the batch are used), or ValueError is raised. None: depth-first.
