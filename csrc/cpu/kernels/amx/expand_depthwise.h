@@ -1,7 +1,7 @@
 // expand_depthwise with matrix tiles and a ring of half-precision numbers: half the instructions, and half
 // the cache, of float. What has no half_depthwise runs as in ../expand_depthwise.h.
 //
-// Measured, per pixel and group of 32 channels (56x56, 32 -> 192 channels, a core of a Granite Rapids at 3.7
+// Measured, per pixel and group of 32 channels (56x56, 32 -> 192 channels, one core of a Xeon at about 3.7
 // GHz): 22 cycles with a kernel of 3, 44 with 7. Of these 5 are the tiles' if nothing else runs, 4.5 the
 // normalising, 4.5 and 24.5 the products of the depthwise convolution, 2 the statistics, the rest loads and
 // stores. A third of the tiles' time hides behind the vector units. Tried and left: 32 pixels at a time in

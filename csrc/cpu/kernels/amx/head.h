@@ -65,8 +65,7 @@ void pool_tiles(const HeadPool<TiledBFloat16>& h, int64_t slab, int64_t channel)
   PoolRows<kActivation> pool(h, first_image, channel);
   for (int64_t p = 0; p < pixels; p += kTilePixels) {
     alignas(64) float products[kTilePixels * 32];
-    multiply_pixels(input + p * stride, stride, stride, h.weight + channel * stride, products,
-                    [](int64_t, int64_t) {});
+    multiply_pixels(input + p * stride, stride, stride, h.weight + channel * stride, products);
     pool.add(products, std::min(kTilePixels, pixels - p));
   }
 }

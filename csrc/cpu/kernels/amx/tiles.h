@@ -34,10 +34,9 @@ class Tiles {
   ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
 };
 
-// Multiplies 32 pixels into `products` [32][32], calling between(part, parts) between the tiles.
-template <typename Between>
+// Multiplies 32 pixels into `products` [32][32].
 INLINE void multiply_pixels(const TiledBFloat16* in, int64_t in_stride, int64_t depth,
-                            const TiledBFloat16* weight, float* products, const Between& between) {
+                            const TiledBFloat16* weight, float* products) {
   TILE_ZERO(0);
   TILE_ZERO(1);
   TILE_ZERO(2);
@@ -52,7 +51,6 @@ INLINE void multiply_pixels(const TiledBFloat16* in, int64_t in_stride, int64_t 
     TILE_LOAD(5, in + 16 * in_stride + k, in_stride * 2);
     TILE_MULTIPLY(2, 5, 6);
     TILE_MULTIPLY(3, 5, 7);
-    between(k / kTileDepth, depth / kTileDepth);
   }
   TILE_STORE(0, products, 128);
   TILE_STORE(1, products + 16, 128);
