@@ -1,8 +1,9 @@
-"""Builds the two native parts of greedynas_ext; what they are made of is in pyproject.toml's neighbour, csrc/.
+"""Builds the native parts of greedynas_ext; what they are made of is in pyproject.toml's neighbour, csrc/.
 
 `greedynas_ext._ops`: the operations, registered with torch through its stable ABI, and the evaluation of chains, which
 is no operation on tensors and bound with pybind11.
 `greedynas_ext._plan`: the path plan, bound with pybind11.
+`greedynas_ext._cuda`: evaluation of chains on a GPU, bound with pybind11; built where a GPU is, or on request.
 
 FORCE_CUDA=1 builds the CUDA part without a GPU at hand (and fails without nvcc), FORCE_CUDA=0 never builds it.
 """
@@ -18,6 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+
+# Where no GPU says for which: all that the kernels can run on.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-warn-spills"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def main() -> None:
     import pybind11
     import torch
     from setuptools import Extension, setup
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     decision = decide_cuda(
@@ -112,6 +117,21 @@ def main() -> None:
         language="c++",
     )
 
+    modules = [ops, plan]
+    if decision.build:
+        os.environ.setdefault("CUDA_HOME", cuda_home(find_nvcc()))
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        modules.append(
+            CUDAExtension(
+                "greedynas_ext._cuda",
+                sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"),
+                include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc/cuda"), pybind11.get_include()],
+                depends=[*headers, *sources("csrc/cuda/*.h", "csrc/cuda/*.cuh")],
+                extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
+            )
+        )
+
     class Build(BuildExtension):
         """Keeps what was decided beside the modules, for `python -m greedynas_ext.info`."""
 
@@ -121,7 +141,7 @@ def main() -> None:
             folder = ROOT / "greedynas_ext" if self.inplace else Path(self.build_lib) / "greedynas_ext"
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    setup(ext_modules=[ops, plan], cmdclass={"build_ext": Build})
+    setup(ext_modules=modules, cmdclass={"build_ext": Build})
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def _supernet_way(
     if arithmetic == "pure":
         twin, images = copy.deepcopy(twin).bfloat16(), images.bfloat16()
     walk = partial(recursion if shares else loop, Chain(twin, compiled), paths.tolist(), images, targets)
-    return partial(_run, arithmetic, walk)
+    return partial(_run, arithmetic, images.device.type, walk)
 
 
 def _folded_way(
@@ -179,7 +179,7 @@ def _folded_way(
     def walk() -> list[float]:
         return [_loss(network(images), targets) for network in networks]
 
-    return partial(_run, arithmetic, walk)
+    return partial(_run, arithmetic, images.device.type, walk)
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -191,8 +191,8 @@ def folded(module: nn.Module) -> nn.Module:
     return module
 
 
-def _run(arithmetic: Arithmetic, walk: Losses) -> list[float]:
-    mixed = torch.autocast("cpu", dtype=torch.bfloat16) if arithmetic == "autocast" else contextlib.nullcontext()
+def _run(arithmetic: Arithmetic, device: str, walk: Losses) -> list[float]:
+    mixed = torch.autocast(device, dtype=torch.bfloat16) if arithmetic == "autocast" else contextlib.nullcontext()
     with torch.no_grad(), mixed:
         return walk()
 

@@ -54,6 +54,16 @@ def require_chain() -> ModuleType:
     return _require("_ops")
 
 
+def cuda_available() -> bool:
+    """Whether the CUDA kernels were built. It says nothing of a GPU."""
+    return _find("_cuda") is not None
+
+
+def require_cuda() -> ModuleType:
+    """The module `greedynas_ext._cuda`."""
+    return _require("_cuda")
+
+
 def _require(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"greedynas_ext.{name}")

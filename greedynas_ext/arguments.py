@@ -199,11 +199,16 @@ def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
         raise ValueError(f"{name}: expected [N, C, H, W] with no empty dimension, got {list(images.shape)}")
     if device is not None and images.device != device:
         raise ValueError(f"{name}: expected the supernet's device {device}, got {images.device}")
+    check_finite(name, images)
+    return images.detach().as_subclass(Tensor)
+
+
+def check_finite(name: str, images: Tensor) -> None:
+    """All values are finite."""
     # The sum is finite only where all values are (unless it overflows), and needs no memory.
     if not bool(torch.isfinite(images.sum())) and not bool(torch.isfinite(images).all()):
         count = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in {count} of {len(images)} images")
-    return images.detach().as_subclass(Tensor)
 
 
 def check_targets(targets: Any, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
+from greedynas_ext.fused_cuda import CudaEngine, unsupported
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
@@ -132,8 +133,9 @@ def evaluate_paths(
 
     trie = Trie(checked_paths)
     engine: FusedEngine | ModuleEngine
-    kind = fused_precision(dtype, precision)
-    described = _description(chain, trie, images, kind, bn) if fused is not False else "fused=False"
+    where = device or torch.device("cpu")
+    kind = fused_precision(dtype, precision, where.type)
+    described = _description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
@@ -141,7 +143,8 @@ def evaluate_paths(
             chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, reason=described
         )
     else:
-        engine = FusedEngine(described, trie, kind, bn, label_smoothing, max_memory)
+        engine_type = CudaEngine if where.type == "cuda" else FusedEngine
+        engine = engine_type(described, trie, kind, bn, label_smoothing, max_memory)
 
     if calibration is not None:
         engine.calibrate(calibration)
@@ -151,6 +154,7 @@ def evaluate_paths(
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             sums.sizes += engine.evaluate(*part, sums.add)
     losses, accuracy, image_losses = sums.means()
+    engine.check()
     per_layer = trie.nodes_per_layer()
     plan = EvaluationPlan(
         len(checked_paths),
@@ -173,15 +177,19 @@ def evaluate_paths(
     )
 
 
-def _description(chain: Chain, trie: Trie, images: object, kind: str, bn: str) -> FusedChain | str:
+def _description(
+    chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device
+) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
-    reason = refused(images, kind)
+    reason = refused(images, kind, device)
     if reason is not None:
         return reason
     with held_interrupts(), torch.no_grad():
-        described = FusedChain.of(chain, trie)
+        described = FusedChain.of(chain, trie, device)
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
+    if device.type == "cuda" and not isinstance(described, str):
+        return unsupported(described) or described
     return described
 
 

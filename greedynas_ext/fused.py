@@ -114,7 +114,7 @@ class FusedEngine:
         label_smoothing: float,
         max_memory: int | None,
     ) -> None:
-        module = _library.require_chain()
+        module = self._module()
         self._fused, self._trie, self._bn = fused, trie, bn
         self._label_smoothing, self._max_memory = label_smoothing, max_memory
         self._dtype = _DTYPES[precision]
@@ -142,9 +142,15 @@ class FusedEngine:
             fused.head.weight.shape[0],
             precision,
         )
-        self._evaluation.pack()
-        del rows  # the weights are copied: nothing of the supernet is held
+        self._pack(rows)
         self.kernels = f"fused, {self._evaluation.kernels}"
+
+    def _module(self) -> Any:
+        return _library.require_chain()
+
+    def _pack(self, rows: _Rows) -> None:
+        """Copies the weights: nothing of the supernet is held."""
+        self._evaluation.pack()
 
     def calibrate(self, images: Tensor) -> None:
         """One pass whose batch statistics become the constants of each node."""
@@ -154,9 +160,7 @@ class FusedEngine:
 
     def evaluate(self, images: Tensor, targets: Tensor, on_scores: OnScores) -> list[int]:
         """Calls `on_scores(leaves, image_losses [leaves, n], correct [leaves])` for parts of n images; their sizes."""
-        classes = self._fused.head.weight.shape[0]
-        if int(targets.max()) >= classes:
-            raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
+        self._check_targets(targets)
         statistics = {
             "batch": self._statistics.BATCH,
             "running": self._statistics.RUNNING,
@@ -170,6 +174,9 @@ class FusedEngine:
             on_scores(self._leaves, *self._run(steps, part, part_targets.contiguous(), statistics))
             sizes.append(len(part))
         return sizes
+
+    def check(self) -> None:
+        """Raises what is known only when all is computed: nothing."""
 
     def macs(self) -> tuple[int, int]:
         """Of one image: (computed, saved)."""
@@ -186,8 +193,18 @@ class FusedEngine:
         work = [stem, *layers, head * len(self._leaves), 0]
         return tuple(
             StageProfile(name, seconds, calls, images * macs, size)
-            for name, (seconds, calls, size), macs in zip(names, self._evaluation.times, work, strict=True)
+            for name, (seconds, calls, size), macs in zip(names, self._times(), work, strict=True)
         )
+
+    def _times(self) -> Sequence[tuple[float, int, int]]:
+        """Seconds, calls and bytes of outputs, of each stage."""
+        times: Sequence[tuple[float, int, int]] = self._evaluation.times
+        return times
+
+    def _check_targets(self, targets: Tensor) -> None:
+        classes = self._fused.head.weight.shape[0]
+        if int(targets.max()) >= classes:
+            raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
 
     def _prepared(self, argument: str, images: Tensor) -> Tensor:
         channels = self._fused.stem.conv.shape[1]
@@ -230,6 +247,8 @@ class FusedEngine:
 
         self.traversal = "depth-first"
         if budget is None:
+            budget = self._free_memory()
+        if budget is None:
             return orders["depth-first"], 1
         for traversal in ("layer-by-layer", "depth-first"):
             if needed(traversal, count) <= budget:
@@ -247,28 +266,51 @@ class FusedEngine:
             advice = "; fewer images, or micro_batch=, which changes the statistics, need less"
         raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
 
+    def _free_memory(self) -> int | None:
+        """What `max_memory` is where nobody says it; None: depth-first, whatever it needs."""
+        return None
 
-def fused_precision(dtype: torch.dtype | None, precision: str | None) -> str:
+
+def fused_precision(dtype: torch.dtype | None, precision: str | None, device: str) -> str:
     """In what the fused engine computes a supernet of `dtype`: "fp64", "fp32", "bf16", or why it does not."""
     if precision is not None:
         return precision
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         return "bf16" if dtype == torch.bfloat16 else f"autocast to {dtype} is not computed"
     known: dict[torch.dtype | None, str] = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
     return known.get(dtype, f"a supernet of {dtype} is not computed")
 
 
-def refused(images: object, precision: str) -> str | None:
-    """Why the fused engine is not used whatever the modules compute; None where nothing speaks against it."""
+def refused(images: object, precision: str, device: torch.device) -> str | None:
+    """Why the fused engine is not used whatever the modules compute; None where nothing speaks against it.
+
+    `device` is the supernet's.
+    """
     if precision not in _DTYPES:
         return precision
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return "a torch mode is active, which wants to see what the modules do"
-    if isinstance(images, Tensor) and images.device.type != "cpu":
+    if isinstance(images, Tensor) and images.device != device:
         return f"images on {images.device}"
+    if device.type not in ("cpu", "cuda"):
+        return f"a supernet on {device}"
+    if device.type == "cuda":
+        return cuda_refused(precision, device)
     if not _library.ops_available():
         return "greedynas_ext._ops could not be loaded"
+    return None
+
+
+def cuda_refused(precision: str, device: torch.device) -> str | None:
+    """Why the CUDA kernels are not used."""
+    if not _library.cuda_available():
+        return "greedynas_ext was built without CUDA kernels"
+    if precision != "bf16":
+        return f"precision {precision} (the CUDA kernels compute in bf16: precision='bf16')"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"a GPU of compute capability {capability[0]}.{capability[1]} (the CUDA kernels need 8.0)"
     return None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from typing import TypeAlias
+
+import torch
+from torch import Tensor
 
 from greedynas_ext.arguments import Chain
 from greedynas_ext.packing import (
@@ -35,8 +39,8 @@ class FusedChain:
     head: HeadWeights
 
     @classmethod
-    def of(cls, chain: Chain, trie: Trie) -> FusedChain | str:
-        """The description, or why there is none."""
+    def of(cls, chain: Chain, trie: Trie, device: torch.device) -> FusedChain | str:
+        """The description, or why there is none; all weights have to be on `device`."""
         stem = recognise_stem(chain.stem)
         if isinstance(stem, Unrecognised):
             return f"supernet.stem: {stem.reason}"
@@ -63,6 +67,12 @@ class FusedChain:
         strides = {(layer, operation_shape(operation)[2]) for (layer, _), operation in operations.items()}
         if len(strides) != trie.num_layers:
             return "supernet.choices: a layer's operations differ in their stride"
+        parts: dict[str, object] = {"stem": stem, "head": head}
+        parts.update({f"choices[{layer}][{op}]": part for (layer, op), part in operations.items()})
+        for place, part in parts.items():
+            for tensor in _tensors(part):
+                if tensor.device != device:
+                    return f"supernet.{place}: a tensor on {tensor.device} in a supernet on {device}"
         return cls(stem, operations, head)
 
     def lacks_running_statistics(self) -> bool:
@@ -125,6 +135,18 @@ class FusedChain:
             if not isinstance(operation, IdentityWeights):
                 check(f"supernet.choices[{node.layer}][{node.op}]", size, operation_shape(operation)[1])
         check("supernet.head", sizes[-1], self.head.conv.shape[0])
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """Of a description, at any depth."""
+    if isinstance(part, Tensor):
+        yield part
+    elif is_dataclass(part):
+        for value in vars(part).values():
+            yield from _tensors(value)
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from _tensors(value)
 
 
 def operation_shape(operation: OperationWeights) -> tuple[int, int, int]:

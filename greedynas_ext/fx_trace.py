@@ -126,8 +126,8 @@ def _tensor_refusal(module: nn.Module, prefix: str, dtypes: dict[torch.dtype, st
             continue
         if type(tensor) not in (nn.Parameter, Tensor):
             return f"{prefix}{name}: expected a plain tensor, got {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
-            return f"{prefix}{name}: expected a tensor on the CPU, got one on {tensor.device}"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"{prefix}{name}: expected a tensor on the CPU or a GPU, got one on {tensor.device}"
         if tensor.layout is not torch.strided:
             return f"{prefix}{name}: expected a strided tensor, got {tensor.layout}"
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -219,8 +219,8 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_method", "mul_", (self, other), {})
 
 
-def _autocast() -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+def _autocast() -> list[tuple[bool, torch.dtype]]:
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
 
 
 class _Tracer(GraphAppendingTracer):

@@ -86,6 +86,9 @@ class ModuleEngine:
                 self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
         return sizes
 
+    def check(self) -> None:
+        """Raises what is known only when all is computed: nothing."""
+
     def macs(self) -> tuple[int, int]:
         """Of one image: (computed, saved)."""
         assert self._macs is not None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from greedynas_ext import _library
+from greedynas_ext import _library, ops_cuda
 from greedynas_ext.block_layout import FIELDS, PackedBlock, statistics_width
 
 
@@ -155,3 +155,4 @@ if _library.ops_available():
     ):
         torch.library.register_fake(f"greedynas::{_name}", _fake)
         torch.library.register_autograd(f"greedynas::{_name}", _no_gradient(_name))
+    ops_cuda.register()

@@ -270,7 +270,7 @@ def _dense(cursor: _Cursor, expected: str) -> tuple[Tensor, Tensor]:
         _check_pointwise(step, stride=1)
     weight, bias = _weight_and_bias(step)
     if bias is None:
-        bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device="cpu")
+        bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
     return weight, bias
 
 

@@ -8,31 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "operation_source.h"
+#include "chain_source.h"
 #include "parallel.h"
-#include "path_plan.h"
 
 namespace greedynas::cpu {
 
-struct ChainSource {
-  OperationSource stem;
-  std::vector<OperationSource> stem_blocks;
-  std::vector<OperationSource> operations;  // those in use
-  std::vector<PathNode> nodes;              // `op` indexes operations; parents before children
-  OperationSource head;
-  const void* classifier_weight = nullptr;  // [classes, head.out_channels]
-  const void* classifier_bias = nullptr;    // or null
-  int64_t classes = 0;
-};
-
 enum class Precision { kFloat64, kFloat32, kBFloat16 };
-
-enum class Statistics {
-  kBatch,
-  kCapture,   // as kBatch, and kept for kConstants
-  kRunning,   // stored with the weights
-  kConstants  // captured before
-};
 
 struct Batch {
   const void* images;  // float, or double with kFloat64

@@ -1,6 +1,5 @@
 // greedynas_ext._ops as a Python module: evaluation of chains. Addresses come from tensors that the caller
 // keeps alive.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +7,7 @@
 
 #include "capability.h"
 #include "chain.h"
+#include "chain_rows.h"
 #include "memory_cache.h"
 #include "torch_threads.h"
 
@@ -17,91 +17,18 @@ using namespace greedynas::cpu;
 
 namespace {
 
-using Rows = py::array_t<int64_t, py::array::c_style>;
-using Doubles = py::array_t<double, py::array::c_style>;
-using Steps = py::array_t<int32_t, py::array::c_style>;
-
 const ParallelFor kParallelFor = torch_parallel_for_units;
-
-// Columns of a row that describes an operation, in the order of greedynas_ext/fused.py.
-OperationSource operation_from(const int64_t* row, const double* eps) {
-  int64_t column = 0;
-  const auto next = [&] { return row[column++]; };
-  const auto pointer = [&] { return reinterpret_cast<const void*>(static_cast<intptr_t>(row[column++])); };
-  OperationSource o;
-  o.kind = next();
-  o.in_channels = next();
-  o.hidden_channels = next();
-  o.out_channels = next();
-  o.kernel = next();
-  o.stride = next();
-  o.activation = next();
-  o.se_channels = next();
-  o.se_gate = next();
-  o.residual = next();
-  o.expand = pointer();
-  o.depthwise = pointer();
-  o.se_reduce_weight = pointer();
-  o.se_reduce_bias = pointer();
-  o.se_expand_weight = pointer();
-  o.se_expand_bias = pointer();
-  o.project = pointer();
-  for (int stage = 0; stage < kBatchNormStages; ++stage) {
-    auto& norm = o.batch_norms[stage];
-    norm.gamma = pointer();
-    norm.beta = pointer();
-    norm.mean = pointer();
-    norm.variance = pointer();
-    norm.eps = eps[stage];
-  }
-  return o;
-}
-
-constexpr int64_t kColumns = 10 + 7 + 4 * kBatchNormStages;
 
 std::unique_ptr<ChainEvaluation> make_evaluation(const Rows& rows, const Doubles& eps, int64_t stem_blocks,
                                                  const Steps& nodes, int64_t classifier_weight,
                                                  int64_t classifier_bias, int64_t classes,
                                                  const std::string& precision) {
-  if (rows.ndim() != 2 || rows.shape(1) != kColumns || eps.ndim() != 2 || eps.shape(0) != rows.shape(0) ||
-      eps.shape(1) != kBatchNormStages || nodes.ndim() != 2 || nodes.shape(1) != 3 ||
-      rows.shape(0) < stem_blocks + 2) {
-    throw std::invalid_argument("rows, eps, nodes: expected [R, 29], [R, 3] and [nodes, 3]");
-  }
-  ChainSource source;
-  const int64_t num_operations = rows.shape(0) - stem_blocks - 2;
-  for (int64_t r = 0; r < rows.shape(0); ++r) {
-    const OperationSource o = operation_from(rows.data(r), eps.data(r));
-    if (r == 0) {
-      source.stem = o;
-    } else if (r == 1) {
-      source.head = o;
-    } else if (r < 2 + stem_blocks) {
-      source.stem_blocks.push_back(o);
-    } else {
-      source.operations.push_back(o);
-    }
-  }
-  for (int64_t n = 0; n < nodes.shape(0); ++n) {
-    const int32_t* node = nodes.data(n);
-    if (node[1] < 0 || node[1] >= num_operations || node[2] >= n)
-      throw std::invalid_argument("nodes: bad row");
-    source.nodes.push_back({node[0], node[1], node[2]});
-  }
-  source.classifier_weight = reinterpret_cast<const void*>(static_cast<intptr_t>(classifier_weight));
-  source.classifier_bias = reinterpret_cast<const void*>(static_cast<intptr_t>(classifier_bias));
-  source.classes = classes;
+  const ChainSource source =
+      chain_source(rows, eps, stem_blocks, nodes, classifier_weight, classifier_bias, classes);
   Precision p = Precision::kFloat32;
   if (precision == "fp64") p = Precision::kFloat64;
   if (precision == "bf16") p = Precision::kBFloat16;
   return make_chain_evaluation(source, p);
-}
-
-std::vector<PathStep> steps_from(const Steps& steps) {
-  std::vector<PathStep> result;
-  for (py::ssize_t i = 0; i < steps.shape(0); ++i)
-    result.push_back({steps.data(i)[0], steps.data(i)[1] != 0});
-  return result;
 }
 
 }  // namespace

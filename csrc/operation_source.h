@@ -5,9 +5,9 @@
 
 #include "choice_block.h"
 
-namespace greedynas::cpu {
+namespace greedynas {
 
-// Weights where they are, float or double: Compute<T> of the kernels that are to use them.
+// Weights where they are, on the device that is to use them: float, or double where kernels compute in it.
 struct BatchNormSource {
   const void *gamma = nullptr, *beta = nullptr;     // null: 1 and 0
   const void *mean = nullptr, *variance = nullptr;  // of the running statistics; null where there are none
@@ -35,4 +35,4 @@ struct OperationSource {
   int64_t depth() const { return kind == kConvBn ? in_channels * kernel * kernel : hidden_channels; }
 };
 
-}  // namespace greedynas::cpu
+}  // namespace greedynas

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace greedynas::cpu {
+namespace greedynas {
 
 class Arena {
  public:
@@ -36,4 +36,4 @@ class Arena {
   int64_t size_ = 0;
 };
 
-}  // namespace greedynas::cpu
+}  // namespace greedynas

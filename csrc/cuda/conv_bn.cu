@@ -1,0 +1,236 @@
+// Convolutions that are followed by a BatchNorm and belong to no inverted bottleneck: strided pointwise ones, and
+// the dense one of the images themselves. Both are products whose rows are pixels; they differ in how these come
+// to shared memory.
+#include <algorithm>
+
+#include "pointwise.cuh"
+
+namespace greedynas::cuda {
+namespace {
+
+// Output pixels of images, by image, row and column.
+struct PixelGrid {
+  int64_t pixels;
+  int image_pixels, width;
+
+  // The image of a tile's row, and where in the image that is.
+  __device__ __forceinline__ int64_t locate(const ImagesOfTile& images, int tile_row, int* row, int* column) const {
+    int within;
+    const int64_t image = images.locate(tile_row, &within);
+    *row = static_cast<int>(static_cast<unsigned>(within) / static_cast<unsigned>(width));
+    *column = within - *row * width;
+    return image;
+  }
+};
+
+template <int kChunk>
+class StridedPixels {
+ public:
+  __device__ StridedPixels(const StridedConv& node, const PixelGrid& grid, const Unit& unit)
+      : unit_(unit),
+        x_(node.x),
+        grid_(grid),
+        height_(node.height),
+        width_(node.width),
+        stride_(node.stride),
+        depth_(row_channels(node.in_channels)),
+        images_(unit.first, grid.image_pixels) {}
+
+  __device__ __forceinline__ void load(int tile, int chunk, unsigned char* stage) {
+    if (chunk == 0) find_rows(tile);
+    Pieces::load(rows_, depth_, chunk, stage, [&](int i) { return from_[i] + chunk * kChunk; });
+  }
+  __device__ __forceinline__ void finish(int, int, unsigned char*) const {}
+
+ private:
+  using Pieces = PieceMap<kChunk>;
+
+  __device__ __forceinline__ void find_rows(int tile) {
+    if (tile > 0) images_.advance();
+    rows_ = unit_.rows_of(tile);
+#pragma unroll
+    for (int i = 0; i < Pieces::kMost; ++i) {
+      int row, column;
+      const int64_t image = grid_.locate(images_, Pieces::row() + i * Pieces::kStep, &row, &column);
+      from_[i] = x_ + ((image * height_ + row * stride_) * width_ + column * stride_) * depth_ + Pieces::channel(0);
+    }
+  }
+
+  const Unit& unit_;
+  const uint16_t* const x_;
+  const PixelGrid grid_;
+  const int height_, width_, stride_, depth_;
+  ImagesOfTile images_;
+  const uint16_t* from_[Pieces::kMost];  // of the tile that is being loaded
+  int rows_;
+};
+
+// A number of a row of the stem's weight: where it meets the image, from the pixel that the window begins at.
+struct StemTap {
+  int64_t offset;
+  int row, column;
+};
+
+// Numbers wait in registers while the chunk before is multiplied. Threads of a warp have neighbouring pixels and
+// the same taps: what they read lies along a row of the image.
+template <int kChunk>
+class StemPixels {
+ public:
+  static constexpr int kPieces = kTilePixels * kChunk / 8 / kPointwiseThreads;
+
+  __device__ StemPixels(const StemConv& node, const PixelGrid& grid, const Unit& unit, const StemTap* taps,
+                        int depth)
+      : node_(node), unit_(unit), grid_(grid), taps_(taps), depth_(depth), images_(unit.first, grid.image_pixels) {}
+
+  __device__ __forceinline__ void load(int tile, int chunk, unsigned char*) {
+    if (chunk == 0) find_window(tile);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int at = chunk * kChunk + piece(i) * 8 + j;
+        float value = 0.f;
+        if (at < depth_) {
+          const StemTap tap = taps_[at];
+          if (static_cast<unsigned>(row_ + tap.row) < static_cast<unsigned>(node_.height) &&
+              static_cast<unsigned>(column_ + tap.column) < static_cast<unsigned>(node_.width)) {
+            value = __ldg(window_ + tap.offset);
+          }
+        }
+        values_[i][j] = value;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(int, int, unsigned char* stage) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const float(&v)[8] = values_[i];
+      *reinterpret_cast<uint4*>(stage + piece_offset<kChunk>(pixel(), piece(i))) =
+          uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int pixel() { return static_cast<int>(threadIdx.x) % kTilePixels; }
+  static __device__ __forceinline__ int piece(int i) {
+    return static_cast<int>(threadIdx.x) / kTilePixels + i * (kPointwiseThreads / kTilePixels);
+  }
+
+  __device__ __forceinline__ void find_window(int tile) {
+    if (tile > 0) images_.advance();
+    const int64_t image = grid_.locate(images_, min(pixel(), unit_.rows_of(tile) - 1), &row_, &column_);
+    row_ = row_ * node_.stride - node_.kernel / 2;
+    column_ = column_ * node_.stride - node_.kernel / 2;
+    window_ = node_.images + image * node_.strides[0] + row_ * node_.strides[2] + column_ * node_.strides[3];
+  }
+
+  const StemConv& node_;
+  const Unit& unit_;
+  const PixelGrid grid_;
+  const StemTap* const taps_;
+  const int depth_;  // of the weight
+  ImagesOfTile images_;
+  int row_, column_;  // of the window's first number, which may lie outside the image
+  const float* window_;
+  float values_[kPieces][8];
+};
+
+template <typename Tile, bool kMapped>
+__global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
+    strided_conv_kernel(const __grid_constant__ Group<StridedConv> group, PixelGrid grid, int passes, int stages,
+                        int weight_slots) {
+  GREEDYNAS_DYNAMIC_SHARED(shared);
+  const StridedConv& node = group.nodes[blockIdx.y];
+  const Unit unit(grid.pixels, blockIdx.x / passes);
+  StridedPixels<Tile::kChunk> source(node, grid, unit);
+  run_pointwise<Tile, false, kMapped>(source, node.weight, row_channels(node.in_channels), node.out, unit,
+                                      blockIdx.x % passes, stages, weight_slots, shared);
+}
+
+template <typename Tile, bool kMapped>
+__global__ void __launch_bounds__(kPointwiseThreads, 2)
+    stem_conv_kernel(const __grid_constant__ StemConv node, PixelGrid grid, int depth, int passes,
+                     int weight_slots) {
+  GREEDYNAS_DYNAMIC_SHARED(shared);
+  constexpr int kStages = 2;
+  StemTap* const taps = reinterpret_cast<StemTap*>(shared + kStages * Tile::kPixelBytes +
+                                                   weight_slots * Tile::kWeightBytes + Tile::kStagedBytes);
+  for (int at = threadIdx.x; at < depth; at += kPointwiseThreads) {
+    const int channel = at % node.in_channels, tap = at / node.in_channels;
+    const int row = tap / node.kernel, column = tap % node.kernel;
+    // What lies behind the last tap is never inside an image.
+    taps[at] = {channel * node.strides[1] + row * node.strides[2] + column * node.strides[3],
+                row < node.kernel ? row : 1 << 30, column};
+  }
+  __syncthreads();
+  const Unit unit(grid.pixels, blockIdx.x / passes);
+  StemPixels<Tile::kChunk> source(node, grid, unit, taps, depth);
+  run_pointwise<Tile, false, kMapped>(source, node.weight, depth, node.out, unit, blockIdx.x % passes, kStages,
+                                      weight_slots, shared);
+}
+
+constexpr int out_size(int size, int kernel, int stride) { return (size + kernel / 2 * 2 - kernel) / stride + 1; }
+
+PixelGrid grid_of(int images, int height, int width) {
+  return {static_cast<int64_t>(images) * height * width, height * width, width};
+}
+
+}  // namespace
+
+void strided_conv(const Group<StridedConv>& group, Stream stream) {
+  const StridedConv& node = group.nodes[0];
+  const PixelGrid grid =
+      grid_of(node.images, out_size(node.height, 1, node.stride), out_size(node.width, 1, node.stride));
+  const int units = pointwise_units(grid.pixels), channels = node.out.channels;
+  if (units == 0) return;
+  int depth = 0;
+  for (int i = 0; i < group.count; ++i) depth = std::max(depth, row_channels(group.nodes[i].in_channels));
+  with_pointwise_tile(channels, depth, [&](auto tile) {
+    using Tile = decltype(tile);
+    const PipelinePlan plan = plan_pointwise<Tile>(depth);
+    const int passes = ceil_div(row_channels(channels), Tile::kWidth);
+    const auto launch = [&](auto kernel) {
+      GREEDYNAS_LAUNCH(kernel, dim3(units * passes, group.count), dim3(kPointwiseThreads), plan.bytes, stream,
+                       group, grid, passes, plan.stages, plan.weight_slots);
+    };
+    if (node.out.affine) {
+      launch(strided_conv_kernel<Tile, true>);
+    } else {
+      launch(strided_conv_kernel<Tile, false>);
+    }
+  });
+}
+
+void stem_conv(const StemConv& node, Stream stream) {
+  const PixelGrid grid = grid_of(node.images_count, out_size(node.height, node.kernel, node.stride),
+                                 out_size(node.width, node.kernel, node.stride));
+  const int units = pointwise_units(grid.pixels), channels = node.out.channels;
+  if (units == 0) return;
+  const int depth = round_up(node.kernel * node.kernel * node.in_channels, 16);
+  const auto with_tile = [&](auto tile) {
+    using Tile = decltype(tile);
+    const std::size_t taps = depth * sizeof(StemTap);
+    const int passes = ceil_div(row_channels(channels), Tile::kWidth), chunks = ceil_div(depth, Tile::kChunk);
+    // All of the weight where it fits, else a chunk for each of the two stages.
+    const auto bytes = [&](int slots) {
+      return 2 * Tile::kPixelBytes + slots * Tile::kWeightBytes + Tile::kStagedBytes + taps;
+    };
+    const int slots = bytes(chunks) <= 64 * 1024 ? chunks : 2;
+    const auto launch = [&](auto kernel) {
+      GREEDYNAS_LAUNCH(kernel, dim3(units * passes), dim3(kPointwiseThreads), bytes(slots), stream, node, grid,
+                       depth, passes, slots);
+    };
+    if (node.out.affine) {
+      launch(stem_conv_kernel<Tile, true>);
+    } else {
+      launch(stem_conv_kernel<Tile, false>);
+    }
+  };
+  const int row = row_channels(channels);
+  if (row <= 16) return with_tile(PointwiseTile<16, 32, 1>{});
+  if (row <= 32) return with_tile(PointwiseTile<32, 32, 1>{});
+  with_tile(PointwiseTile<64, 32, 1>{});
+}
+
+}  // namespace greedynas::cuda

@@ -1,0 +1,85 @@
+// greedynas_ext._cuda as a Python module: evaluation of chains on a GPU, and its kernels one by one. Addresses come
+// from tensors that the caller keeps alive until the stream has done its work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "chain.h"
+#include "chain_rows.h"
+#include "kernels_module.h"
+
+namespace py = pybind11;
+using namespace greedynas;
+using namespace greedynas::cuda;
+
+namespace {
+
+template <typename T>
+T* address(intptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
+  module.doc() = "Evaluation of supernet chains by fused CUDA kernels.";
+  py::module_ kernels = module.def_submodule("kernels", "The kernels one by one (csrc/cuda/kernels.h).");
+  bind_kernels(kernels);
+  py::enum_<Statistics>(module, "Statistics")
+      .value("BATCH", Statistics::kBatch)
+      .value("CAPTURE", Statistics::kCapture)
+      .value("RUNNING", Statistics::kRunning)
+      .value("CONSTANTS", Statistics::kConstants);
+  py::class_<ChainEvaluation>(module, "ChainEvaluation")
+      .def(py::init([](const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
+                       int64_t classifier_weight, int64_t classifier_bias, int64_t classes,
+                       const std::string& precision) {
+             if (precision != "bf16") throw std::invalid_argument("precision: expected bf16, got " + precision);
+             return ChainEvaluation(
+                 chain_source(rows, eps, stem_blocks, nodes, classifier_weight, classifier_bias, classes));
+           }),
+           py::arg("rows").noconvert(), py::arg("eps").noconvert(), py::arg("stem_blocks"),
+           py::arg("nodes").noconvert(), py::arg("classifier_weight"), py::arg("classifier_bias"),
+           py::arg("classes"), py::arg("precision"))
+      .def_property_readonly("packed_bytes", &ChainEvaluation::packed_bytes)
+      .def(
+          "pack",
+          [](ChainEvaluation& e, intptr_t memory, intptr_t stream) {
+            e.pack(address<void>(memory), address<CUstream_st>(stream));
+          },
+          py::arg("memory"), py::arg("stream"))
+      .def(
+          "needed_bytes",
+          [](const ChainEvaluation& e, const Steps& steps, int64_t count, int64_t height, int64_t width,
+             Statistics statistics) {
+            return e.needed_bytes(steps_from(steps), count, height, width, statistics);
+          },
+          py::arg("steps"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("statistics"))
+      .def(
+          "start",
+          [](ChainEvaluation& e, const Steps& steps, intptr_t images, std::array<int64_t, 3> sizes,
+             std::array<int64_t, 4> strides, intptr_t targets, double label_smoothing, intptr_t image_losses,
+             intptr_t correct, intptr_t status, Statistics statistics, intptr_t memory, intptr_t stream) {
+            Batch batch{};
+            batch.images = address<const float>(images);
+            batch.count = sizes[0];
+            batch.height = sizes[1];
+            batch.width = sizes[2];
+            std::copy(strides.begin(), strides.end(), batch.strides);
+            batch.targets = address<const int64_t>(targets);
+            batch.label_smoothing = label_smoothing;
+            batch.image_losses = address<float>(image_losses);
+            batch.correct = address<int64_t>(correct);
+            batch.status = address<int>(status);
+            e.start(steps_from(steps), batch, statistics, address<void>(memory), address<CUstream_st>(stream));
+          },
+          py::arg("steps"), py::arg("images"), py::arg("sizes"), py::arg("strides"), py::arg("targets"),
+          py::arg("label_smoothing"), py::arg("image_losses"), py::arg("correct"), py::arg("status"),
+          py::arg("statistics"), py::arg("memory"), py::arg("stream"))
+      .def_property_readonly("kernels", [](const ChainEvaluation&) { return "CUDA, bf16"; })
+      .def("advance", &ChainEvaluation::advance,
+           "Launches what comes next; its stage, or -1 when nothing was left.");
+}

@@ -1,0 +1,268 @@
+// The CUDA kernels that a chain of choice blocks is made of: their arguments, and the functions that launch them.
+// No torch, no CUDA header: the chain that drives them is plain C++, and so is the emulation that executes them
+// on the host (tests/emulation).
+//
+// Feature maps are bfloat16 in NHWC: a row of row_channels(C) channels per pixel, the padding zero. The outputs
+// of depthwise convolutions are half-precision numbers in such rows. All of them begin at multiples of 16 bytes.
+//
+// Half precision has few exponents. What is stored in it is multiplied by powers of two, channel by channel:
+// normalised values by BatchNorm::factor, depthwise weights by a factor of their own (pack.cu). A depthwise
+// output is thus `stored_factor` times what it stands for, and the BatchNorm after it takes that away again.
+//
+// Partial sums of statistics lie as [unit][4][row_channels(C)]: pilot, sum, squares, count. Sums and squares are
+// of the distances from the pilot, a value that the unit has seen, so that nothing cancels. A unit is what one
+// block has summed up, in a fixed order; units are joined in double, in a fixed order: results are the same, bit
+// for bit, in every run.
+//
+// A launch works on a group of nodes: operations of one layer, each run on an input of its own.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace greedynas::cuda {
+
+using Stream = CUstream_st*;
+
+inline constexpr int kMaxNodes = 16;  // of a launch
+template <typename Node>
+struct Group {
+  Node nodes[kMaxNodes];
+  int count;
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// Channels of a pixel's row in memory, and of everything that is kept per channel.
+constexpr int row_channels(int channels) { return round_up(channels, 8); }
+
+// ---- statistics (statistics.cu)
+
+// All arrays are of row_channels(channels), padded with zeros (factor: with ones).
+struct BatchNorm {
+  const float* gamma;
+  const float* beta;
+  const float* factor;  // powers of two by which normalised values are multiplied for half precision; null: 1
+  float eps;
+};
+
+// An affine map and what the activation after it needs to know, float [3][row_channels(channels)]:
+//   scale, shift  u = value * scale + shift, `factor` times the normalised value; padding gives 0
+//   bound         ReLU6: 6 * factor; H-swish: 1 / (6 * factor); SiLU: 1 / factor; else unused
+// so that factor * activation(u / factor) is: max(u, 0); min(max(u, 0), bound); u * saturate(u * bound + 0.5);
+// u / (1 + exp(-u * bound)). NaN stays NaN.
+
+// BatchNorm from the statistics of the batch, or, where `mean` is not null, from known ones.
+struct NormAffine {
+  const float* partials;   // [units][4][row_channels]
+  const float* mean;       // known statistics, or null
+  const float* variance;   // biased
+  const float* stored_factor;  // what the summed values were multiplied by; null: 1. Known statistics are never.
+  float* affine;           // written; maps stored values
+  float* keep;             // written: mean and biased variance [2][row_channels], not multiplied; or null
+  BatchNorm norm;
+  int units, channels;
+  int activation;          // Activation (choice_block.h) after the affine map
+};
+void norm_affine(const Group<NormAffine>& group, Stream stream);
+
+// BatchNorm after a pointwise convolution, from the moments of the convolution's input: mean W m, variance
+// diag(W S W').
+struct PointwiseAffine {
+  const float* mean;        // [row_channels(in)]
+  const float* covariance;  // [row_channels(in)][row_channels(in)], biased, all of it
+  const uint16_t* weight;   // bfloat16 [row_channels(channels)][row_channels(in)]
+  float* affine;
+  float* keep;              // as in NormAffine
+  BatchNorm norm;
+  int in_channels, channels;
+  int activation;
+};
+void pointwise_affine(const Group<PointwiseAffine>& group, Stream stream);
+
+// ---- maps (finish_map.cu)
+
+// map = activation(map * scale + shift) + residual, and the moments of the (rounded) result.
+struct FinishMap {
+  uint16_t* map;             // bfloat16 [pixels][row_channels(channels)], read and written
+  const float* affine;       // or null: the map as it is, moments alone
+  const uint16_t* residual;  // as map, or null
+  float* mean;               // written [row_channels], or null: no moments
+  float* covariance;         // written [row_channels][row_channels], biased
+  float* partials;           // working memory of finish_map_floats() floats where there are moments
+  int64_t pixels;
+  int channels;
+  int activation;
+};
+int64_t finish_map_floats(int64_t pixels, int channels);
+void finish_map(const Group<FinishMap>& group, Stream stream);  // nodes of equal pixels and channels
+
+// ---- inverted bottlenecks (expand_depthwise.cu, squeeze_excite.cu, project.cu)
+
+// expand -> BatchNorm, activation -> depthwise convolution, padded by kernel / 2. The expanded map never reaches
+// memory. Nodes of a group differ in pointers and hidden channels alone.
+struct ExpandDepthwise {
+  const uint16_t* x;          // bfloat16 [images][height][width][row_channels(in)]
+  const uint16_t* expand;     // bfloat16 [row_channels(hidden)][row_channels(in)]
+  const float* affine;        // [3][row_channels(hidden)]
+  const uint16_t* depthwise;  // half [kernel * kernel][row_channels(hidden)]
+  uint16_t* d;                // written: half [images][out height][out width][row_channels(hidden)]
+  float* partials;            // written, of what was stored; or null
+  int images, height, width;
+  int in_channels, hidden_channels;
+  int kernel, stride;         // 3, 5 or 7; 1 or 2
+  int activation;
+};
+// Units of `partials`: never more than this, whatever the group.
+int expand_depthwise_units(const ExpandDepthwise& node);
+void expand_depthwise(const Group<ExpandDepthwise>& group, Stream stream);
+
+// Mean over each image of activation(d * scale + shift), not multiplied by the factor.
+struct Squeeze {
+  const uint16_t* d;    // half [images][image_pixels][row_channels(channels)]
+  const float* affine;  // [3][row_channels(channels)]
+  const float* factor;  // of the values that the affine map gives; null: 1
+  float* pooled;        // written [images][row_channels(channels)]
+  int images, image_pixels, channels;
+  int activation;
+};
+void squeeze(const Group<Squeeze>& group, Stream stream);
+
+enum LinearActivation : int { kNoActivation, kLinearRelu, kLinearHsigmoid, kLinearSigmoid };
+
+// Rows of floats times a matrix of floats, plus bias, activated: squeeze-excitation's products, the classifier.
+struct Linear {
+  const float* input;   // [rows][in_stride]
+  const float* weight;  // [channels][depth]
+  const float* bias;    // [channels] or null
+  float* output;        // written [rows][out_stride]; columns from channels to out_stride become 0
+  int rows, depth, in_stride, channels, out_stride;
+  int activation;       // LinearActivation
+};
+void linear(const Group<Linear>& group, Stream stream);
+
+// What becomes of a pointwise convolution's sums: stored as they are, rounded, with their statistics; or, where
+// `affine` is not null, mapped, activated, and the residual added.
+struct PointwiseOutput {
+  uint16_t* y;               // written: bfloat16 [pixels][row_channels(channels)]
+  float* partials;           // written, of what was stored; or null
+  const float* affine;       // [3][row_channels(channels)] or null
+  const uint16_t* residual;  // as y, or null
+  const float* factor;       // what sums are multiplied by first [row_channels(channels)]; null: 1
+  int channels;
+  int activation;
+};
+int pointwise_units(int64_t pixels);  // of partials: never more than this
+
+// y = W activation(d * scale + shift) * gates
+struct Project {
+  const uint16_t* d;        // half [pixels][row_channels(hidden)]
+  const float* affine;      // [3][row_channels(hidden)]
+  const float* gates;       // [images][row_channels(hidden)], or null
+  const uint16_t* weight;   // half [row_channels(channels)][row_channels(hidden)]
+  PointwiseOutput out;
+  int64_t pixels;
+  int image_pixels, hidden_channels;
+  int activation;           // of what d is mapped to
+};
+void project(const Group<Project>& group, Stream stream);  // nodes of equal pixels, channels and activation
+
+// ---- other convolutions (conv_bn.cu)
+
+// Every stride-th pixel of a map times a matrix.
+struct StridedConv {
+  const uint16_t* x;       // bfloat16 [images][height][width][row_channels(in)]
+  const uint16_t* weight;  // bfloat16 [row_channels(channels)][row_channels(in)]
+  PointwiseOutput out;
+  int images, height, width, in_channels, stride;
+};
+void strided_conv(const Group<StridedConv>& group, Stream stream);
+
+// Dense convolution of the images themselves, padded by kernel / 2; they are rounded to bfloat16.
+struct StemConv {
+  const float* images;      // of any strides
+  int64_t strides[4];       // of image, channel, row, column, in elements
+  const uint16_t* weight;   // bfloat16 [row_channels(channels)][round_up(kernel * kernel * in, 16)], a row as
+                            // [ky][kx][channel], zeros behind
+  PointwiseOutput out;
+  int images_count, height, width, in_channels, kernel, stride;
+};
+void stem_conv(const StemConv& node, Stream stream);
+
+// ---- head and loss (head.cu, path_cross_entropy.cu, select_top_k.cu)
+
+// Mean over each image of activation(x W' * scale + shift); the map is not stored.
+struct HeadPool {
+  const uint16_t* x;       // bfloat16 [images][image_pixels][row_channels(in)]
+  const uint16_t* weight;  // bfloat16 [row_channels(channels)][row_channels(in)]
+  const float* affine;     // [3][row_channels(channels)], factor 1
+  float* pooled;           // written [images][row_channels(channels)]
+  int images, image_pixels, in_channels, channels;
+  int activation;
+};
+void head_pool(const Group<HeadPool>& group, Stream stream);
+
+struct PathCrossEntropy {
+  const float* logits;     // [paths][images][classes], contiguous
+  const int64_t* targets;  // [images]
+  float* image_losses;     // written [paths][images]
+  int64_t* correct;        // written [paths]: images whose class has the highest logit (the first of equal ones)
+  int* status;             // set to 1 where a target is not in [0, classes); its losses are NaN then
+  int paths, images, classes;
+  float label_smoothing;
+};
+void path_cross_entropy(const PathCrossEntropy& arguments, Stream stream);
+
+// Indices of the k lowest losses, lowest first; NaN last, ties to the lower index.
+struct SelectTopK {
+  const float* losses;  // [count]
+  int64_t* indices;     // written [k]
+  int count, k;
+};
+void select_top_k(const SelectTopK& arguments, Stream stream);
+
+// ---- weights (pack.cu), from float as modules hold them
+
+// Arrays of one BatchNorm, padded; and, where asked for, its factor.
+struct PackNorm {
+  const float *gamma, *beta;          // [channels] or null: 1 and 0
+  float *packed_gamma, *packed_beta;  // written [row_channels]
+  float* factor;                      // written [row_channels], powers of two; or null
+  int channels;
+};
+void pack_norms(const Group<PackNorm>& group, Stream stream);
+
+// A pointwise (or dense) convolution in bfloat16: [rows][columns] -> [row_channels(rows)][packed_columns].
+struct PackPointwise {
+  const float* weight;  // [rows][in][taps]; null: the identity matrix
+  uint16_t* packed;     // written [row_channels(rows)][packed_columns], a row as [taps][in], zeros behind
+  int rows, in_channels, taps, packed_columns;
+};
+void pack_pointwise(const Group<PackPointwise>& group, Stream stream);
+
+// A depthwise convolution in half precision, each channel multiplied by the power of two that brings its largest
+// weight to [0.5, 1).
+struct PackDepthwise {
+  const float* weight;         // [channels][taps]
+  const float* before_factor;  // of what the weights meet [row_channels], or null
+  uint16_t* packed;            // written: half [taps][row_channels(channels)]
+  float* stored_factor;        // written [row_channels]: before_factor times the channel's power of two
+  int channels, taps;
+};
+void pack_depthwise(const Group<PackDepthwise>& group, Stream stream);
+
+// A projection in half precision: columns divided by the factors of what they meet, rows multiplied by the powers
+// of two that then bring their largest weight to [0.5, 1).
+struct PackProject {
+  const float* weight;         // [rows][columns]
+  const float* column_factor;  // [row_channels(columns)] or null
+  uint16_t* packed;            // written: half [row_channels(rows)][row_channels(columns)]
+  float* factor;               // written [row_channels(rows)]: what sums have to be multiplied by
+  int rows, columns;
+};
+void pack_project(const Group<PackProject>& group, Stream stream);
+
+}  // namespace greedynas::cuda

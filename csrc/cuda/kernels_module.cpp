@@ -1,0 +1,209 @@
+// The kernels one by one, for tests and benchmarks: a struct of kernels.h is a Python class whose addresses are
+// integers, and a launch takes a list of them and a stream.
+#include "kernels_module.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace greedynas::cuda {
+namespace {
+
+template <typename T>
+T* address(intptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// Sets members by their names, so that a call says what it passes.
+template <typename Struct>
+class Fields {
+ public:
+  Fields(py::module_& module, const char* name) : class_(module, name) {
+    class_.def(py::init([cls = class_](const py::kwargs& values) {
+      py::object self = py::cast(Struct{});
+      for (const auto& item : values) {
+        if (!py::hasattr(self, item.first)) {
+          throw std::invalid_argument("no member " + py::str(item.first).cast<std::string>());
+        }
+        py::setattr(self, item.first, item.second);
+      }
+      return self.cast<Struct>();
+    }));
+  }
+  template <typename Member>
+  Fields& operator()(const char* name, Member Struct::* member) {
+    if constexpr (std::is_pointer_v<Member>) {
+      class_.def_property(
+          name, [member](const Struct& s) { return reinterpret_cast<intptr_t>(s.*member); },
+          [member](Struct& s, intptr_t value) {
+            s.*member = address<std::remove_pointer_t<Member>>(value);
+          });
+    } else if constexpr (std::is_array_v<Member>) {
+      class_.def_property(
+          name,
+          [member](const Struct& s) {
+            return std::vector<int64_t>(std::begin(s.*member), std::end(s.*member));
+          },
+          [member](Struct& s, const std::array<int64_t, std::extent_v<Member>>& value) {
+            std::copy(value.begin(), value.end(), s.*member);
+          });
+    } else {
+      class_.def_readwrite(name, member);
+    }
+    return *this;
+  }
+
+ private:
+  py::class_<Struct> class_;
+};
+
+template <typename Node>
+void launch(py::module_& module, const char* name, void (*function)(const Group<Node>&, Stream)) {
+  module.def(
+      name,
+      [function](const std::vector<Node>& nodes, intptr_t stream) {
+        if (nodes.empty() || nodes.size() > kMaxNodes) {
+          throw std::invalid_argument("nodes: expected 1 to " + std::to_string(kMaxNodes) + ", got " +
+                                      std::to_string(nodes.size()));
+        }
+        Group<Node> group{};
+        std::copy(nodes.begin(), nodes.end(), group.nodes);
+        group.count = static_cast<int>(nodes.size());
+        function(group, reinterpret_cast<Stream>(stream));
+      },
+      py::arg("nodes"), py::arg("stream") = 0);
+}
+
+template <typename Arguments>
+void launch(py::module_& module, const char* name, void (*function)(const Arguments&, Stream)) {
+  module.def(
+      name,
+      [function](const Arguments& arguments, intptr_t stream) {
+        function(arguments, reinterpret_cast<Stream>(stream));
+      },
+      py::arg("arguments"), py::arg("stream") = 0);
+}
+
+}  // namespace
+
+#define MEMBER(name) (#name, &S::name)
+
+void bind_kernels(py::module_& module) {
+  {
+    using S = BatchNorm;
+    Fields<S>(module, "BatchNorm") MEMBER(gamma) MEMBER(beta) MEMBER(factor) MEMBER(eps);
+  }
+  {
+    using S = NormAffine;
+    Fields<S>(module, "NormAffine") MEMBER(partials) MEMBER(mean) MEMBER(variance) MEMBER(stored_factor)
+        MEMBER(affine) MEMBER(keep) MEMBER(norm) MEMBER(units) MEMBER(channels) MEMBER(activation);
+    launch(module, "norm_affine", norm_affine);
+  }
+  {
+    using S = PointwiseAffine;
+    Fields<S>(module, "PointwiseAffine") MEMBER(mean) MEMBER(covariance) MEMBER(weight) MEMBER(affine)
+        MEMBER(keep) MEMBER(norm) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
+    launch(module, "pointwise_affine", pointwise_affine);
+  }
+  {
+    using S = FinishMap;
+    Fields<S>(module, "FinishMap") MEMBER(map) MEMBER(affine) MEMBER(residual) MEMBER(mean) MEMBER(covariance)
+        MEMBER(partials) MEMBER(pixels) MEMBER(channels) MEMBER(activation);
+    module.def("finish_map_floats", finish_map_floats, py::arg("pixels"), py::arg("channels"));
+    launch(module, "finish_map", finish_map);
+  }
+  {
+    using S = ExpandDepthwise;
+    Fields<S>(module, "ExpandDepthwise") MEMBER(x) MEMBER(expand) MEMBER(affine) MEMBER(depthwise) MEMBER(d)
+        MEMBER(partials) MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(in_channels) MEMBER(hidden_channels)
+        MEMBER(kernel) MEMBER(stride) MEMBER(activation);
+    module.def("expand_depthwise_units", expand_depthwise_units, py::arg("node"));
+    launch(module, "expand_depthwise", expand_depthwise);
+  }
+  {
+    using S = Squeeze;
+    Fields<S>(module, "Squeeze") MEMBER(d) MEMBER(affine) MEMBER(factor) MEMBER(pooled) MEMBER(images)
+        MEMBER(image_pixels) MEMBER(channels) MEMBER(activation);
+    launch(module, "squeeze", squeeze);
+  }
+  {
+    using S = Linear;
+    Fields<S>(module, "Linear") MEMBER(input) MEMBER(weight) MEMBER(bias) MEMBER(output) MEMBER(rows)
+        MEMBER(depth) MEMBER(in_stride) MEMBER(channels) MEMBER(out_stride) MEMBER(activation);
+    launch(module, "linear", linear);
+  }
+  {
+    using S = PointwiseOutput;
+    Fields<S>(module, "PointwiseOutput") MEMBER(y) MEMBER(partials) MEMBER(affine) MEMBER(residual)
+        MEMBER(factor) MEMBER(channels) MEMBER(activation);
+    module.def("pointwise_units", pointwise_units, py::arg("pixels"));
+  }
+  {
+    using S = Project;
+    Fields<S>(module, "Project") MEMBER(d) MEMBER(affine) MEMBER(gates) MEMBER(weight) MEMBER(out)
+        MEMBER(pixels) MEMBER(image_pixels) MEMBER(hidden_channels) MEMBER(activation);
+    launch(module, "project", project);
+  }
+  {
+    using S = StridedConv;
+    Fields<S>(module, "StridedConv") MEMBER(x) MEMBER(weight) MEMBER(out) MEMBER(images) MEMBER(height)
+        MEMBER(width) MEMBER(in_channels) MEMBER(stride);
+    launch(module, "strided_conv", strided_conv);
+  }
+  {
+    using S = StemConv;
+    Fields<S>(module, "StemConv") MEMBER(images) MEMBER(strides) MEMBER(weight) MEMBER(out)
+        MEMBER(images_count) MEMBER(height) MEMBER(width) MEMBER(in_channels) MEMBER(kernel) MEMBER(stride);
+    launch(module, "stem_conv", stem_conv);
+  }
+  {
+    using S = HeadPool;
+    Fields<S>(module, "HeadPool") MEMBER(x) MEMBER(weight) MEMBER(affine) MEMBER(pooled) MEMBER(images)
+        MEMBER(image_pixels) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
+    launch(module, "head_pool", head_pool);
+  }
+  {
+    using S = PathCrossEntropy;
+    Fields<S>(module, "PathCrossEntropy") MEMBER(logits) MEMBER(targets) MEMBER(image_losses) MEMBER(correct)
+        MEMBER(status) MEMBER(paths) MEMBER(images) MEMBER(classes) MEMBER(label_smoothing);
+    launch(module, "path_cross_entropy", path_cross_entropy);
+  }
+  {
+    using S = SelectTopK;
+    Fields<S>(module, "SelectTopK") MEMBER(losses) MEMBER(indices) MEMBER(count) MEMBER(k);
+    launch(module, "select_top_k", select_top_k);
+  }
+  {
+    using S = PackNorm;
+    Fields<S>(module, "PackNorm") MEMBER(gamma) MEMBER(beta) MEMBER(packed_gamma) MEMBER(packed_beta)
+        MEMBER(factor) MEMBER(channels);
+    launch(module, "pack_norms", pack_norms);
+  }
+  {
+    using S = PackPointwise;
+    Fields<S>(module, "PackPointwise") MEMBER(weight) MEMBER(packed) MEMBER(rows) MEMBER(in_channels)
+        MEMBER(taps) MEMBER(packed_columns);
+    launch(module, "pack_pointwise", pack_pointwise);
+  }
+  {
+    using S = PackDepthwise;
+    Fields<S>(module, "PackDepthwise") MEMBER(weight) MEMBER(before_factor) MEMBER(packed)
+        MEMBER(stored_factor) MEMBER(channels) MEMBER(taps);
+    launch(module, "pack_depthwise", pack_depthwise);
+  }
+  {
+    using S = PackProject;
+    Fields<S>(module, "PackProject") MEMBER(weight) MEMBER(column_factor) MEMBER(packed) MEMBER(factor)
+        MEMBER(rows) MEMBER(columns);
+    launch(module, "pack_project", pack_project);
+  }
+}
+
+}  // namespace greedynas::cuda

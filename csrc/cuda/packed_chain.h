@@ -1,0 +1,51 @@
+// The weights of a chain as the kernels read them (kernels.h), in one piece of device memory.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "chain_source.h"
+#include "kernels.h"
+
+namespace greedynas::cuda {
+
+// Addresses are null until the weights are packed, and where the operation has no such part.
+struct PackedOperation {
+  OperationSource source;
+  uint16_t *expand = nullptr, *depthwise = nullptr, *project = nullptr;
+  BatchNorm norms[kBatchNormStages] = {};
+  // Stored statistics; null where there are none.
+  float *running_mean[kBatchNormStages] = {}, *running_variance[kBatchNormStages] = {};
+  float* stored_factor = nullptr;   // of depthwise outputs
+  float* project_factor = nullptr;  // of the projection's sums
+  // Of a block without expansion: its input goes through the identity matrix (`expand`) and this affine map.
+  float* unit_affine = nullptr;
+
+  int channels(int stage) const {
+    return static_cast<int>(stage == kProjectBn ? source.out_channels : source.hidden_channels);
+  }
+};
+
+class PackedChain {
+ public:
+  explicit PackedChain(const ChainSource& source);
+
+  int64_t bytes() const { return bytes_; }
+  void pack(char* memory, Stream stream);
+
+  // Whether the first block takes the stem's convolution as it is, before its BatchNorm.
+  bool stem_passes_on() const {
+    return !stem_blocks.empty() && !stem_blocks[0].source.expand && !stem_blocks[0].source.residual;
+  }
+
+  PackedOperation stem, head;
+  std::vector<PackedOperation> stem_blocks, operations;
+
+ private:
+  int64_t place(char* memory);
+  std::vector<PackedOperation*> all();
+
+  int64_t bytes_ = 0;
+};
+
+}  // namespace greedynas::cuda

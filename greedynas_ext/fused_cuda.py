@@ -1,0 +1,122 @@
+"""The fused engine on a GPU: kernels (csrc/cuda) are launched on the current stream, and nothing waits for them.
+
+Activations and half-precision depthwise outputs take torch's memory, through its caching allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greedynas_ext import _library
+from greedynas_ext.fused import FusedEngine, _Rows
+from greedynas_ext.fused_chain import FusedChain
+from greedynas_ext.isolation import held_interrupts
+from greedynas_ext.packing import InvertedBottleneckWeights
+
+_KERNELS = (3, 5, 7)
+
+
+def unsupported(fused: FusedChain) -> str | None:
+    """Why the CUDA kernels cannot evaluate what the CPU's can; None where they can."""
+    for place, block in [*fused.operations.items(), *(((-1, n), block) for n, block in enumerate(fused.stem.blocks))]:
+        if isinstance(block, InvertedBottleneckWeights) and (
+            block.depthwise.shape[2] not in _KERNELS or block.stride > 2
+        ):
+            name = "supernet.stem" if place[0] < 0 else f"supernet.choices[{place[0]}][{place[1]}]"
+            return (
+                f"{name}: a depthwise convolution with kernel {block.depthwise.shape[2]} and stride {block.stride} "
+                f"(the CUDA kernels have 3, 5, 7 and 1, 2)"
+            )
+    return None
+
+
+class CudaEngine(FusedEngine):
+    """Evaluates the paths of `trie` on batches of images on a GPU."""
+
+    def _module(self) -> Any:
+        return _library.require_cuda()
+
+    def _pack(self, rows: _Rows) -> None:
+        # The kernels read the weights when the stream gets there; memory that is freed before stays the stream's.
+        self._device = rows.kept[0].device
+        self._packed = self._memory(self._evaluation.packed_bytes)
+        with self._on_device():
+            self._evaluation.pack(self._packed.data_ptr(), self._stream())
+        self._classifier = [self._fused.head.weight, self._fused.head.bias]
+        self._kept = rows.kept
+        self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._finite: Tensor | None = None
+        self._events: list[tuple[int, Any, Any]] = []
+
+    def check(self) -> None:
+        """Raises ValueError for what the kernels found: targets out of range."""
+        if int(self._status) != 0:
+            classes = self._fused.head.weight.shape[0]
+            raise ValueError(f"targets: expected classes in [0, {classes}) (the head's logits), got others")
+
+    def _check_targets(self, targets: Tensor) -> None:
+        pass  # the loss kernel does, and check() says so
+
+    def _memory(self, size: int) -> Tensor:
+        return torch.empty(max(1, size), dtype=torch.uint8, device=self._device)
+
+    def _on_device(self) -> Any:
+        return torch.cuda.device(self._device)
+
+    def _stream(self) -> int:
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def _run(
+        self, steps: np.ndarray[Any, Any], images: Tensor, targets: Tensor | None, statistics: Any
+    ) -> tuple[Tensor, Tensor]:
+        count = len(images)
+        losses = torch.empty(len(self._leaves), count, dtype=torch.float32, device=self._device)
+        correct = torch.empty(len(self._leaves), dtype=torch.int64, device=self._device)
+        needed = self._evaluation.needed_bytes(steps, count, *self._resolution, statistics)
+        memory = self._memory(needed)
+        with self._on_device(), held_interrupts() as safe_point:
+            self._evaluation.start(
+                steps,
+                images.data_ptr(),
+                [count, *self._resolution],
+                list(images.stride()),
+                0 if targets is None else targets.data_ptr(),
+                self._label_smoothing,
+                losses.data_ptr(),
+                correct.data_ptr(),
+                self._status.data_ptr(),
+                statistics,
+                memory.data_ptr(),
+                self._stream(),
+            )
+            before = self._event()
+            while (stage := self._evaluation.advance()) >= 0:
+                after = self._event()
+                self._events.append((stage, before, after))
+                before = after
+                safe_point()
+        return losses, correct
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _times(self) -> Sequence[tuple[float, int, int]]:
+        torch.cuda.synchronize(self._device)
+        seconds = [0.0] * (self._trie.num_layers + 3)
+        calls = [0] * len(seconds)
+        for stage, before, after in self._events:
+            seconds[stage] += before.elapsed_time(after) / 1e3
+            calls[stage] += 1
+        return [(time, number, 0) for time, number in zip(seconds, calls, strict=True)]
+
+    def _free_memory(self) -> int | None:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return (free + reserved) // 2

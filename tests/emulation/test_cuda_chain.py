@@ -1,0 +1,189 @@
+"""Whole evaluations by the CUDA kernels: losses of many paths against modules in float64 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from greedynas import Supernet
+from greedynas.layers import Layer, Operation
+from greedynas.spaces import Space
+from greedynas_ext import _library, evaluate, evaluate_paths
+from greedynas_ext.fused_cuda import CudaEngine
+
+
+def make_net(operations: str, activation: str = "relu6", seed: int = 0) -> Supernet:
+    """Channels that fill no vector, a fixed block without expansion, strides, residuals, identities of both kinds."""
+    space = Space(
+        name="small",
+        in_channels=3,
+        num_classes=7,
+        resolution=17,
+        stem_channels=12,
+        stem_stride=2,
+        fixed=(Layer(12, 10, 1),),
+        layers=(Layer(10, 20, 2), Layer(20, 20, 1), Layer(20, 28, 2), Layer(28, 28, 1)),
+        operations=tuple(Operation.parse(name) for name in operations.split()),
+        head_channels=40,
+        activation=activation,
+    )
+    net = Supernet(space, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0.0, 0.3, generator=generator)
+                module.running_mean.normal_(0.0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.normal_(0.0, 0.3, generator=generator)
+        net.head.linear.weight.normal_(0.0, 0.1, generator=generator)
+    return net
+
+
+class EmulatedEngine(CudaEngine):
+    """The same engine, its kernels executed on the host."""
+
+    def _on_device(self) -> Any:
+        return nullcontext()
+
+    def _stream(self) -> int:
+        return 0
+
+    def _event(self) -> Any:
+        return None
+
+    def _free_memory(self) -> int | None:
+        return None
+
+
+@pytest.fixture
+def on_device(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Evaluates with the kernels under test; everything given and returned is on the CPU."""
+    monkeypatch.setattr(_library, "require_cuda", lambda: cuda.module)
+    if cuda.device.type == "cpu":
+        monkeypatch.setattr(evaluate, "FusedEngine", EmulatedEngine)
+
+    def run(net: nn.Module, paths: Tensor, images: Tensor, targets: Tensor, **kwargs: Any) -> Any:
+        moved = {key: value.to(cuda.device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        net = copy.deepcopy(net).to(cuda.device)
+        return evaluate_paths(
+            net, paths, images.to(cuda.device), targets.to(cuda.device), precision="bf16", fused=True, **moved
+        )
+
+    return run
+
+
+def draw(count: int, size: tuple[int, int] = (19, 17), seed: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, *size, generator=generator) * 1.3 + 0.2
+    return images, torch.randint(7, (count,), generator=generator)
+
+
+def exact_losses(net: nn.Module, paths: Tensor, images: Tensor, targets: Tensor, **kwargs: Any) -> Any:
+    kwargs = {key: value.double() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+    return evaluate_paths(copy.deepcopy(net).double(), paths, images.double(), targets, fused=False, **kwargs)
+
+
+def drawn_paths(net: Any, count: int, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(len(layer), (count,), generator=generator) for layer in net.choices], 1)
+
+
+# Rounding maps to bfloat16 (2^-9 relative) in a dozen places, each renormalised by BatchNorm, moves logits of size 1
+# by about 1e-2, and losses of 2 by about as much; a wrong weight, tap, or statistic moves them by tenths.
+TOLERANCE = 3e-2
+
+
+def check(result: Any, expected: Any) -> None:
+    losses, image_losses = result.losses.double().cpu(), result.image_losses.double().cpu()
+    assert expected.image_losses.std(0).mean() > 0.05, "paths differ, so a mix-up would show"
+    assert float((losses - expected.losses).abs().max()) < TOLERANCE
+    assert float((image_losses - expected.image_losses).abs().max()) < 10 * TOLERANCE
+    assert float((image_losses - expected.image_losses).pow(2).mean().sqrt()) < 1.5 * TOLERANCE
+    assert result.plan.kernels.startswith("fused, ")
+
+
+@pytest.mark.parametrize("bn", ["batch", "running", "recalibrated"])
+@pytest.mark.parametrize(
+    ("operations", "activation"),
+    [("e3k3 e6k5 id", "relu6"), ("e6k7 e3k5s id", "hswish"), ("e1k3 e3k3s id", "silu"), ("e6k3 e3k7 id", "relu")],
+)
+def test_losses_are_those_of_the_modules(on_device: Any, operations: str, activation: str, bn: str) -> None:
+    net = make_net(operations, activation)
+    images, targets = draw(9)
+    paths = drawn_paths(net, 4)
+    kwargs: dict[str, Any] = {"bn": bn, "per_image": True, "label_smoothing": 0.1}
+    if bn == "recalibrated":
+        kwargs["calibration"] = draw(11, seed=8)[0]
+    check(on_device(net, paths, images, targets, **kwargs), exact_losses(net, paths, images, targets, **kwargs))
+
+
+def test_each_operation_by_itself(on_device: Any) -> None:
+    net = make_net("e3k3 e6k7 id")
+    images, targets = draw(6)
+    paths = torch.tensor([[op] * 4 for op in range(3)])
+    check(
+        on_device(net, paths, images, targets, per_image=True),
+        exact_losses(net, paths, images, targets, per_image=True),
+    )
+
+
+def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> None:
+    net = make_net("e3k3 e6k5 id")
+    images, targets = draw(5)
+    paths = drawn_paths(net, 6)
+    first = on_device(net, paths, images, targets, max_memory=1 << 40)
+    assert first.plan.traversal == "layer-by-layer"
+    smallest = 0
+    try:
+        on_device(net, paths, images, targets, max_memory=1)
+    except ValueError as error:
+        smallest = int(str(error).split("at least ")[1].split()[0])
+    second = on_device(net, paths, images, targets, max_memory=smallest)
+    assert second.plan.traversal == "depth-first"
+    assert torch.equal(first.losses, second.losses)
+
+
+def test_strides_of_the_images_change_nothing(on_device: Any) -> None:
+    net = make_net("e3k3 id")
+    images, targets = draw(5)
+    paths = drawn_paths(net, 2)
+    expected = on_device(net, paths, images, targets).losses
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(on_device(net, paths, channels_last, targets).losses, expected)
+    wider = torch.zeros(5, 3, 19, 40)
+    wider[..., ::2][..., :17] = images
+    assert torch.equal(on_device(net, paths, wider[..., ::2][..., :17], targets).losses, expected)
+
+
+def test_targets_out_of_range(on_device: Any) -> None:
+    net = make_net("e3k3 id")
+    images, targets = draw(5)
+    targets[3] = 7
+    with pytest.raises(ValueError, match="targets: expected classes in"):
+        on_device(net, drawn_paths(net, 2), images, targets)
+
+
+def test_weights_scaled_by_batch_norm_away(on_device: Any) -> None:
+    """Depthwise and pointwise weights times 1e-5 or 1e5: BatchNorm with a small eps takes it away again."""
+    net = make_net("e3k3 e6k5 id")
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-20
+    images, targets = draw(6)
+    paths = drawn_paths(net, 3)
+    expected = exact_losses(net, paths, images, targets, per_image=True)
+    for factor in (1e-5, 1e5):
+        scaled = copy.deepcopy(net)
+        with torch.no_grad():
+            for module in scaled.choices.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.mul_(factor)
+        check(on_device(scaled, paths, images, targets, per_image=True), expected)

@@ -1,0 +1,255 @@
+"""project: y = W activation(d * scale + shift) * gates, stored raw with its statistics, or mapped."""
+
+import pytest
+import torch
+from pointwise_reference import (
+    ACTIVATIONS,
+    HSWISH,
+    LINEAR,
+    RELU,
+    RELU6,
+    SILU,
+    activate,
+    check_map,
+    check_partials,
+    guarded,
+    padded_affine,
+    random_affine,
+    row_channels,
+    rows,
+)
+
+HALF = 2.0**-11  # half a unit in the last place of half precision, relative
+
+
+def make(g, images, image_pixels, hidden, channels, activation, *, gated=False, mean=0.0):
+    """Inputs of a node, float64 of what is stored."""
+    pixels = images * image_pixels
+    d = rows(torch.randn(pixels, hidden, generator=g) + mean, torch.float16)
+    # As BatchNorm makes it: the mean goes, the spread becomes about one; factors are powers of two.
+    factor = 2.0 ** torch.randint(-3, 4, (hidden,), generator=g)
+    affine = random_affine(g, hidden, activation, factor, mean)
+    weight = rows(torch.randn(channels, hidden, generator=g) / hidden**0.5 / factor, torch.float16, pad_rows=True)
+    gates = rows(torch.rand(images, hidden, generator=g), torch.float32) if gated else None
+    out_factor = torch.ones(row_channels(channels))
+    out_factor[:channels] = 2.0 ** torch.randint(-6, 7, (channels,), generator=g)
+    return {
+        "d": d,
+        "affine": padded_affine(affine, hidden),
+        "weight": weight,
+        "gates": gates,
+        "factor": out_factor,
+        "image_pixels": image_pixels,
+        "hidden": hidden,
+        "channels": channels,
+        "activation": activation,
+    }
+
+
+def sums_of(node):
+    """The products in float64, and how far half precision may be from them."""
+    hidden, channels = node["hidden"], node["channels"]
+    scale, shift, bound = node["affine"][:, :hidden].double()
+    u = node["d"][:, :hidden].double() * scale + shift
+    value = activate(u, node["activation"], bound)
+    # Single precision until the value is rounded to half; then a gate rounded to half, and their product.
+    error = HALF * value.abs() + 2.0**-22 * (node["d"][:, :hidden].double().abs() * scale.abs() + shift.abs())
+    if node["activation"] in (HSWISH, SILU):  # fast exponentials and quotients
+        error += 2.0**-20 * u.abs()
+    if node["gates"] is not None:
+        gate = node["gates"][:, :hidden].double().repeat_interleave(node["image_pixels"], 0)
+        value, error = value * gate, (error + 2 * HALF * value.abs()) * gate + 2.0**-24
+    weight, factor = node["weight"][:channels, :hidden].double(), node["factor"][:channels].double()
+    sums = value @ weight.T * factor
+    # Roundings of the inputs, none of which is larger than `error`, and sums in single precision.
+    return sums, (error + 2.0**-20 * value.abs() + 2.0**-24) @ weight.abs().T * factor
+
+
+def launch(cuda, nodes, outputs, **kwargs):
+    k, keep, group = cuda.kernels, [], []
+    for node, (y, partials, affine, residual, activation) in zip(nodes, outputs, strict=True):
+        tensors = {
+            name: None if node[name] is None else node[name].to(cuda.device)
+            for name in ("d", "affine", "weight", "gates", "factor")
+        }
+        keep.append(tensors)
+        pointers = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+        out = k.PointwiseOutput(
+            y=y.data_ptr(),
+            partials=0 if partials is None else partials.data_ptr(),
+            affine=0 if affine is None else affine.data_ptr(),
+            residual=0 if residual is None else residual.data_ptr(),
+            factor=pointers.pop("factor"),
+            channels=node["channels"],
+            activation=activation,
+        )
+        group.append(
+            k.Project(
+                **pointers,
+                out=out,
+                pixels=len(node["d"]),
+                image_pixels=node["image_pixels"],
+                hidden_channels=node["hidden"],
+                activation=node["activation"],
+            )
+        )
+    k.project(group, cuda.stream)
+    cuda.synchronize()
+
+
+def run_raw(cuda, nodes):
+    results = []
+    for node in nodes:
+        pixels, row = len(node["d"]), row_channels(node["channels"])
+        units = cuda.kernels.pointwise_units(pixels)
+        y, check_y = guarded(cuda, (pixels, row), torch.bfloat16)
+        partials, check_sums = guarded(cuda, (units, 4, row), torch.float32)
+        results.append((y, partials, check_y, check_sums))
+    launch(cuda, nodes, [(y, partials, None, None, LINEAR) for y, partials, _, _ in results])
+    for _, _, check_y, check_sums in results:
+        check_y()
+        check_sums()
+    return [(y.cpu(), partials.cpu()) for y, partials, _, _ in results]
+
+
+def check_raw(cuda, nodes):
+    for node, (y, partials) in zip(nodes, run_raw(cuda, nodes), strict=True):
+        sums, error = sums_of(node)
+        check_map(y, sums, error)
+        check_partials(partials, y, node["channels"])
+
+
+# Every width of a pass, one below, at and above; depths around 16, 32 and 64; pixels around a tile.
+@pytest.mark.parametrize(
+    ("pixels", "hidden", "channels"),
+    [
+        (127, 16, 16),
+        (128, 32, 15),
+        (129, 24, 17),
+        (257, 48, 24),
+        (130, 63, 25),
+        (100, 64, 32),
+        (131, 65, 33),
+        (64, 96, 40),
+        (129, 72, 41),
+        (129, 144, 64),
+        (66, 120, 80),
+        (65, 136, 88),
+        (130, 200, 96),
+        (129, 104, 104),
+        (1, 40, 160),
+        (129, 80, 192),
+        (130, 72, 200),
+        (33, 40, 320),
+    ],
+)
+def test_shapes(cuda, pixels, hidden, channels):
+    g = torch.Generator().manual_seed(pixels * 1000 + hidden + channels)
+    check_raw(cuda, [make(g, 1, pixels, hidden, channels, RELU6)])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(cuda, activation, gated):
+    g = torch.Generator().manual_seed(activation)
+    check_raw(cuda, [make(g, 3, 49, 40, 24, activation, gated=gated)])
+
+
+# Tiles within an image, at its border, over several images, and an image a pixel.
+@pytest.mark.parametrize(("images", "image_pixels"), [(1, 300), (3, 127), (2, 128), (2, 129), (40, 7), (150, 1)])
+def test_gates_of_many_images(cuda, images, image_pixels):
+    g = torch.Generator().manual_seed(images)
+    check_raw(cuda, [make(g, images, image_pixels, 24, 16, HSWISH, gated=True)])
+
+
+def test_group_of_different_depths(cuda):
+    g = torch.Generator().manual_seed(5)
+    nodes = [make(g, 2, 70, hidden, 24, RELU, gated=hidden == 72) for hidden in (72, 8, 144, 330)]
+    check_raw(cuda, nodes)
+
+
+def test_far_means(cuda):
+    """With mean / std = 300 in d little is left of it, but what is left must come through."""
+    g = torch.Generator().manual_seed(6)
+    check_raw(cuda, [make(g, 2, 65, 96, 16, RELU6, mean=300.0)])
+
+
+def test_units_of_several_tiles(cuda):
+    """Statistics go on from tile to tile, and copies of the next tile are under way."""
+    g = torch.Generator().manual_seed(7)
+    pixels = 2048 * 128 + 1
+    assert cuda.kernels.pointwise_units(pixels) == 1025
+    tiles = 5
+    d = rows(torch.randn(tiles * 128 - 3, 8, generator=g), torch.float16)
+    # Most of the map is the same few pixels, so that the reference is cheap.
+    node = make(g, 1, len(d), 8, 8, RELU)
+    node["d"] = d[torch.arange(pixels) % len(d)]
+    node["image_pixels"] = pixels
+    (y, partials), short = run_raw(cuda, [node])[0], dict(node, d=d)
+    sums, error = sums_of(short)
+    index = torch.arange(pixels) % len(d)
+    check_map(y, sums[index], error[index])
+    check_partials(partials, y, 8)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("channels", "with_residual"), [(21, True), (96, False), (168, True)])
+def test_known_statistics(cuda, channels, with_residual, activation):
+    g = torch.Generator().manual_seed(channels + activation)
+    node = make(g, 2, 70, 40, channels, RELU)
+    pixels, row = len(node["d"]), row_channels(channels)
+    affine = padded_affine(random_affine(g, channels, activation, torch.ones(channels), 0.0), channels)
+    residual = rows(torch.randn(pixels, channels, generator=g), torch.bfloat16) if with_residual else None
+    y, check = guarded(cuda, (pixels, row), torch.bfloat16)
+    on_device = [None if t is None else t.to(cuda.device) for t in (affine, residual)]
+    launch(cuda, [node], [(y, None, *on_device, activation)])
+    check()
+    sums, error = sums_of(node)
+    scale, shift, bound = affine[:, :channels].double()
+    u = sums * scale + shift
+    expected = activate(u, activation, bound)
+    if with_residual:
+        expected = expected + residual[:, :channels].double()
+    # No activation is steeper than 1.1; quotients and exponentials are fast ones.
+    check_map(y.cpu(), expected, 1.1 * error * scale.abs() + 2.0**-20 * (u.abs() + expected.abs() + 1))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(cuda, value, activation):
+    """A number of d that is not finite shows in its own pixel alone, and in the statistics."""
+    g = torch.Generator().manual_seed(8)
+    node = make(g, 1, 140, 16, 16, activation)
+    node["affine"][0] = node["affine"][0].abs()
+    clean, _ = run_raw(cuda, [node])[0]
+    node["d"][130, 3] = value
+    node["weight"][:, 3] = node["weight"][:, 3].abs() + 0.25
+    (y, partials), expected = run_raw(cuda, [node])[0], sums_of(node)[0]
+    assert torch.equal(y[:128].isfinite(), torch.ones(128, 16, dtype=torch.bool))
+    assert torch.equal(y[130].isnan(), expected[130].isnan())
+    assert torch.equal(y[130].isinf(), expected[130].isinf())
+    others = torch.arange(140) != 130
+    check_map(y[others], expected[others], sums_of(node)[1][others])
+    bad = not expected[130].isfinite().all()
+    assert bad == (activation != RELU6 or value != value)
+    assert partials[1, 1:3].isfinite().all() == (not bad)
+    assert partials[0].isfinite().all()
+    assert clean.isfinite().all()
+
+
+def test_padding_stays_zero(cuda):
+    """Even of pixels that are not finite."""
+    g = torch.Generator().manual_seed(9)
+    node = make(g, 1, 20, 16, 11, RELU)
+    node["d"][7, 5] = float("nan")
+    y, partials = run_raw(cuda, [node])[0]
+    assert y[7, :11].isnan().all()
+    assert (y[:, 11:] == 0).all() and (partials[:, :3, 11:] == 0).all()
+
+
+def test_same_in_every_run(cuda):
+    g = torch.Generator().manual_seed(10)
+    node = make(g, 1, 300, 80, 24, SILU)
+    (first, first_sums), (second, second_sums) = run_raw(cuda, [node])[0], run_raw(cuda, [node])[0]
+    assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+    assert torch.equal(first_sums, second_sums)
