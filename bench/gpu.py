@@ -98,9 +98,9 @@ def main() -> None:
         )
     result = evaluate_paths(supernet, paths, images, targets, precision="bf16", fused=True, profile=True)
     assert result.profile is not None
-    results["profile"] = {stage.name: stage.seconds for stage in result.profile}
+    results["profile"] = {stage.stage: stage.seconds for stage in result.profile}
     results["shared_fraction"] = result.plan.shared_fraction
-    print("ms a stage:", ", ".join(f"{stage.name} {stage.seconds * 1e3:.2f}" for stage in result.profile))
+    print("ms a stage:", ", ".join(f"{stage.stage} {stage.seconds * 1e3:.2f}" for stage in result.profile))
     if options.output is not None:
         write_json(options.output, results)
 

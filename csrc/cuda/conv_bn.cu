@@ -1,6 +1,6 @@
-// Convolutions that are followed by a BatchNorm and belong to no inverted bottleneck: strided pointwise ones, and
-// the dense one of the images themselves. Both are products whose rows are pixels; they differ in how these come
-// to shared memory.
+// Convolutions that are followed by a BatchNorm and belong to no inverted bottleneck: strided pointwise ones,
+// and the dense one of the images themselves. Both are products whose rows are pixels; they differ in how
+// these come to shared memory.
 #include <algorithm>
 
 #include "pointwise.cuh"
@@ -14,7 +14,8 @@ struct PixelGrid {
   int image_pixels, width;
 
   // The image of a tile's row, and where in the image that is.
-  __device__ __forceinline__ int64_t locate(const ImagesOfTile& images, int tile_row, int* row, int* column) const {
+  __device__ __forceinline__ int64_t locate(const ImagesOfTile& images, int tile_row, int* row,
+                                            int* column) const {
     int within;
     const int64_t image = images.locate(tile_row, &within);
     *row = static_cast<int>(static_cast<unsigned>(within) / static_cast<unsigned>(width));
@@ -52,7 +53,8 @@ class StridedPixels {
     for (int i = 0; i < Pieces::kMost; ++i) {
       int row, column;
       const int64_t image = grid_.locate(images_, Pieces::row() + i * Pieces::kStep, &row, &column);
-      from_[i] = x_ + ((image * height_ + row * stride_) * width_ + column * stride_) * depth_ + Pieces::channel(0);
+      from_[i] =
+          x_ + ((image * height_ + row * stride_) * width_ + column * stride_) * depth_ + Pieces::channel(0);
     }
   }
 
@@ -65,39 +67,48 @@ class StridedPixels {
   int rows_;
 };
 
-// A number of a row of the stem's weight: where it meets the image, from the pixel that the window begins at.
-struct StemTap {
-  int64_t offset;
-  int row, column;
+// Where the numbers of a row of the stem's weight meet an image, from where the window begins. In shared
+// memory, padded to whole chunks.
+struct StemTaps {
+  int64_t* offsets;  // in bytes
+  int* places;       // row * 2^16 + column
+  int count;
+
+  static std::size_t bytes(int padded) { return padded * (sizeof(int64_t) + sizeof(int)); }
+  __device__ StemTaps(const StemConv& node, int padded, unsigned char* shared)
+      : offsets(reinterpret_cast<int64_t*>(shared)),
+        places(reinterpret_cast<int*>(shared + padded * sizeof(int64_t))),
+        count(node.kernel * node.kernel * node.in_channels) {
+    for (int at = threadIdx.x; at < padded; at += kPointwiseThreads) {
+      const int channel = at % node.in_channels, tap = at / node.in_channels;
+      const int row = tap / node.kernel, column = tap % node.kernel;
+      offsets[at] = (channel * node.strides[1] + row * node.strides[2] + column * node.strides[3]) * 4;
+      places[at] = row << 16 | column;
+    }
+    __syncthreads();
+  }
 };
 
-// Numbers wait in registers while the chunk before is multiplied. Threads of a warp have neighbouring pixels and
-// the same taps: what they read lies along a row of the image.
+// Numbers wait in registers while the chunk before is multiplied. Threads of a warp have neighbouring pixels
+// and the same taps: what they read lies along a row of the image.
 template <int kChunk>
 class StemPixels {
  public:
-  static constexpr int kPieces = kTilePixels * kChunk / 8 / kPointwiseThreads;
-
-  __device__ StemPixels(const StemConv& node, const PixelGrid& grid, const Unit& unit, const StemTap* taps,
-                        int depth)
-      : node_(node), unit_(unit), grid_(grid), taps_(taps), depth_(depth), images_(unit.first, grid.image_pixels) {}
+  __device__ StemPixels(const StemConv& node, const PixelGrid& grid, const Unit& unit, const StemTaps& taps)
+      : node_(node), unit_(unit), grid_(grid), taps_(taps), images_(unit.first, grid.image_pixels) {}
 
   __device__ __forceinline__ void load(int tile, int chunk, unsigned char*) {
     if (chunk == 0) find_window(tile);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
+      const int at = chunk * kChunk + piece(i) * 8;
+      unsigned seen = (1u << max(0, min(8, taps_.count - at))) - 1;
+      if (!inside_) seen &= inside(at);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int at = chunk * kChunk + piece(i) * 8 + j;
-        float value = 0.f;
-        if (at < depth_) {
-          const StemTap tap = taps_[at];
-          if (static_cast<unsigned>(row_ + tap.row) < static_cast<unsigned>(node_.height) &&
-              static_cast<unsigned>(column_ + tap.column) < static_cast<unsigned>(node_.width)) {
-            value = __ldg(window_ + tap.offset);
-          }
-        }
-        values_[i][j] = value;
+        values_[i][j] = 0.f;
+        if (seen >> j & 1)
+          values_[i][j] = __ldg(reinterpret_cast<const float*>(window_ + taps_.offsets[at + j]));
       }
     }
   }
@@ -105,16 +116,18 @@ class StemPixels {
   __device__ __forceinline__ void finish(int, int, unsigned char* stage) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float(&v)[8] = values_[i];
+      const float (&v)[8] = values_[i];
       *reinterpret_cast<uint4*>(stage + piece_offset<kChunk>(pixel(), piece(i))) =
           uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
     }
   }
 
  private:
+  static constexpr int kPieces = kTilePixels * kChunk / 8 / kPointwiseThreads;  // of a thread, of one pixel
+
   static __device__ __forceinline__ int pixel() { return static_cast<int>(threadIdx.x) % kTilePixels; }
   static __device__ __forceinline__ int piece(int i) {
-    return static_cast<int>(threadIdx.x) / kTilePixels + i * (kPointwiseThreads / kTilePixels);
+    return static_cast<int>(threadIdx.x) / kTilePixels * kPieces + i;
   }
 
   __device__ __forceinline__ void find_window(int tile) {
@@ -122,24 +135,37 @@ class StemPixels {
     const int64_t image = grid_.locate(images_, min(pixel(), unit_.rows_of(tile) - 1), &row_, &column_);
     row_ = row_ * node_.stride - node_.kernel / 2;
     column_ = column_ * node_.stride - node_.kernel / 2;
-    window_ = node_.images + image * node_.strides[0] + row_ * node_.strides[2] + column_ * node_.strides[3];
+    window_ = reinterpret_cast<const char*>(node_.images) +
+              (image * node_.strides[0] + row_ * node_.strides[2] + column_ * node_.strides[3]) * 4;
+    inside_ = row_ >= 0 && column_ >= 0 && row_ + node_.kernel <= node_.height &&
+              column_ + node_.kernel <= node_.width;
+  }
+
+  // Which of 8 taps lie inside the image.
+  __device__ __forceinline__ unsigned inside(int at) const {
+    unsigned result = 0;
+    for (int j = 0; j < 8; ++j) {
+      const int row = row_ + (taps_.places[at + j] >> 16), column = column_ + (taps_.places[at + j] & 0xffff);
+      if (row >= 0 && row < node_.height && column >= 0 && column < node_.width) result |= 1u << j;
+    }
+    return result;
   }
 
   const StemConv& node_;
   const Unit& unit_;
   const PixelGrid grid_;
-  const StemTap* const taps_;
-  const int depth_;  // of the weight
+  const StemTaps& taps_;
   ImagesOfTile images_;
-  int row_, column_;  // of the window's first number, which may lie outside the image
-  const float* window_;
+  int row_, column_;    // of the window's first number, which may lie outside the image
+  const char* window_;  // that number
+  bool inside_;         // all of the window
   float values_[kPieces][8];
 };
 
 template <typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
-    strided_conv_kernel(const __grid_constant__ Group<StridedConv> group, PixelGrid grid, int passes, int stages,
-                        int weight_slots) {
+    strided_conv_kernel(const __grid_constant__ Group<StridedConv> group, PixelGrid grid, int passes,
+                        int stages, int weight_slots) {
   GREEDYNAS_DYNAMIC_SHARED(shared);
   const StridedConv& node = group.nodes[blockIdx.y];
   const Unit unit(grid.pixels, blockIdx.x / passes);
@@ -149,28 +175,23 @@ __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
 }
 
 template <typename Tile, bool kMapped>
-__global__ void __launch_bounds__(kPointwiseThreads, 2)
+__global__ void __launch_bounds__(kPointwiseThreads, kMapped&& Tile::kWidth > 32 ? 1 : 2)
     stem_conv_kernel(const __grid_constant__ StemConv node, PixelGrid grid, int depth, int passes,
                      int weight_slots) {
   GREEDYNAS_DYNAMIC_SHARED(shared);
   constexpr int kStages = 2;
-  StemTap* const taps = reinterpret_cast<StemTap*>(shared + kStages * Tile::kPixelBytes +
-                                                   weight_slots * Tile::kWeightBytes + Tile::kStagedBytes);
-  for (int at = threadIdx.x; at < depth; at += kPointwiseThreads) {
-    const int channel = at % node.in_channels, tap = at / node.in_channels;
-    const int row = tap / node.kernel, column = tap % node.kernel;
-    // What lies behind the last tap is never inside an image.
-    taps[at] = {channel * node.strides[1] + row * node.strides[2] + column * node.strides[3],
-                row < node.kernel ? row : 1 << 30, column};
-  }
-  __syncthreads();
+  const StemTaps taps(
+      node, round_up(depth, Tile::kChunk),
+      shared + kStages * Tile::kPixelBytes + weight_slots * Tile::kWeightBytes + Tile::kStagedBytes);
   const Unit unit(grid.pixels, blockIdx.x / passes);
-  StemPixels<Tile::kChunk> source(node, grid, unit, taps, depth);
-  run_pointwise<Tile, false, kMapped>(source, node.weight, depth, node.out, unit, blockIdx.x % passes, kStages,
-                                      weight_slots, shared);
+  StemPixels<Tile::kChunk> source(node, grid, unit, taps);
+  run_pointwise<Tile, false, kMapped>(source, node.weight, depth, node.out, unit, blockIdx.x % passes,
+                                      kStages, weight_slots, shared);
 }
 
-constexpr int out_size(int size, int kernel, int stride) { return (size + kernel / 2 * 2 - kernel) / stride + 1; }
+constexpr int out_size(int size, int kernel, int stride) {
+  return (size + kernel / 2 * 2 - kernel) / stride + 1;
+}
 
 PixelGrid grid_of(int images, int height, int width) {
   return {static_cast<int64_t>(images) * height * width, height * width, width};
@@ -210,7 +231,7 @@ void stem_conv(const StemConv& node, Stream stream) {
   const int depth = round_up(node.kernel * node.kernel * node.in_channels, 16);
   const auto with_tile = [&](auto tile) {
     using Tile = decltype(tile);
-    const std::size_t taps = depth * sizeof(StemTap);
+    const std::size_t taps = StemTaps::bytes(round_up(depth, Tile::kChunk));
     const int passes = ceil_div(row_channels(channels), Tile::kWidth), chunks = ceil_div(depth, Tile::kChunk);
     // All of the weight where it fits, else a chunk for each of the two stages.
     const auto bytes = [&](int slots) {
@@ -218,8 +239,8 @@ void stem_conv(const StemConv& node, Stream stream) {
     };
     const int slots = bytes(chunks) <= 64 * 1024 ? chunks : 2;
     const auto launch = [&](auto kernel) {
-      GREEDYNAS_LAUNCH(kernel, dim3(units * passes), dim3(kPointwiseThreads), bytes(slots), stream, node, grid,
-                       depth, passes, slots);
+      GREEDYNAS_LAUNCH(kernel, dim3(units * passes), dim3(kPointwiseThreads), bytes(slots), stream, node,
+                       grid, depth, passes, slots);
     };
     if (node.out.affine) {
       launch(stem_conv_kernel<Tile, true>);

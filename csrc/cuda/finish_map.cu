@@ -74,7 +74,7 @@ __device__ __forceinline__ float pilot_of(const float* values, int stride) {
     variance += distance * distance / kTile;
   }
   const bool far = mean * mean > 25 * variance;
-  return far && mean - mean == 0.f ? low_bf16(pack_bf16(mean, 0.f)) : 0.f;
+  return far ? low_bf16(pack_bf16(mean, 0.f)) : 0.f;  // not where they are not finite
 }
 
 // kPairs: the most products of a warp. kFinish: the map is still to be finished.

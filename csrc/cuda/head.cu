@@ -1,8 +1,8 @@
 // The head: a pointwise convolution, BatchNorm, activation and the mean over each image, without its map.
 //
-// The product is turned round: its rows are output channels, its columns pixels. So a lane has all columns of its
-// rows one after another, and sums up an image in registers. Images begin at multiples of 8 columns; what they
-// have fewer is multiplied in vain. A block takes some channels of some neighbouring images.
+// The product is turned round: its rows are output channels, its columns pixels. So a lane has all columns of
+// its rows one after another, and sums up an image in registers. Images begin at multiples of 8 columns; what
+// they have fewer is multiplied in vain. A block takes some channels of some neighbouring images.
 #include <algorithm>
 
 #include "pointwise.cuh"
@@ -51,13 +51,16 @@ class HeadPixels {
   static constexpr int kPieces = kChunk / 8, kStep = kPointwiseThreads / kPieces;
   static constexpr int kMost = ceil_div(kBlockColumns, kStep);
 
-  static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x) / kPieces + i * kStep; }
+  static __device__ __forceinline__ int column(int i) {
+    return static_cast<int>(threadIdx.x) / kPieces + i * kStep;
+  }
 
   __device__ __forceinline__ void find_pixels(int tile) {
     const unsigned eights = columns_.eights();
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      const unsigned eight = static_cast<unsigned>(tile * kColumnTiles + column(i) / 8), image = eight / eights;
+      const unsigned eight = static_cast<unsigned>(tile * kColumnTiles + column(i) / 8),
+                     image = eight / eights;
       const int pixel = static_cast<int>(eight - image * eights) * 8 + column(i) % 8;
       const bool exists = column(i) < kBlockColumns && image < static_cast<unsigned>(columns_.images) &&
                           pixel < columns_.image_pixels;
@@ -141,7 +144,8 @@ class HeadEnd {
 };
 
 __global__ void __launch_bounds__(kPointwiseThreads, 1)
-    head_pool_kernel(const __grid_constant__ Group<HeadPool> group, int images_each, int stages, int weight_slots) {
+    head_pool_kernel(const __grid_constant__ Group<HeadPool> group, int images_each, int stages,
+                     int weight_slots) {
   GREEDYNAS_DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared + stages * kPixelBytes;
   const HeadPool& node = group.nodes[blockIdx.y];
@@ -157,8 +161,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
       ceil_div(depth, kChunk), stages, weight_slots,
       [&](int tile, int chunk, int stage) { source.load(tile, chunk, shared + stage * kPixelBytes); },
       [&](int chunk, int slot) {
-        load_rows<kBlockChannels, kChunk>(node.weight, first_channel, row_channels(node.channels), depth, chunk,
-                                          weights + slot * kWeightBytes);
+        load_rows<kBlockChannels, kChunk>(node.weight, first_channel, row_channels(node.channels), depth,
+                                          chunk, weights + slot * kWeightBytes);
       },
       [](int, int, int) {},
       [&](int chunk, int stage, int slot) {
@@ -183,12 +187,14 @@ void head_pool(const Group<HeadPool>& group, Stream stream) {
   int depth = 0;
   for (int i = 0; i < group.count; ++i) depth = std::max(depth, row_channels(group.nodes[i].in_channels));
   const PipelinePlan plan = plan_pipeline(ceil_div(depth, kChunk), kPixelBytes, kWeightBytes, 0, 1);
-  // Some blocks for each multiprocessor, so that they end together; but weights are to be loaded for several tiles.
+  // Some blocks for each multiprocessor, so that they end together; but weights are to be loaded for several
+  // tiles.
   const int slices = ceil_div(row_channels(node.channels), kBlockChannels);
   const int blocks = std::max(1, 4 * multiprocessors() / (slices * group.count));
   const int images_each = ceil_div(node.images, std::min(node.images, blocks));
   GREEDYNAS_LAUNCH(head_pool_kernel, dim3(ceil_div(node.images, images_each), group.count, slices),
-                   dim3(kPointwiseThreads), plan.bytes, stream, group, images_each, plan.stages, plan.weight_slots);
+                   dim3(kPointwiseThreads), plan.bytes, stream, group, images_each, plan.stages,
+                   plan.weight_slots);
 }
 
 }  // namespace greedynas::cuda

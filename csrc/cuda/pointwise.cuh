@@ -1,11 +1,11 @@
 // What matrix products over pixels are made of: project.cu, conv_bn.cu and head.cu.
 //
-// A product's depth comes in chunks. A pipeline of stages brings chunks of both operands to shared memory, a few
-// ahead of the one that is multiplied, across the borders of tiles; a matrix that fits stays there. Rows of a
-// chunk are pieces of 16 bytes, swizzled so that load_matrices meets no bank twice.
+// A product's depth comes in chunks. A pipeline of stages brings chunks of both operands to shared memory, a
+// few ahead of the one that is multiplied, across the borders of tiles; a matrix that fits stays there. Rows
+// of a chunk are pieces of 16 bytes, swizzled so that load_matrices meets no bank twice.
 //
-// PointwiseTile is the product whose rows are pixels: a block takes a unit, some neighbouring tiles of pixels, and
-// a pass, some output channels. It stores a map and the statistics of the unit.
+// PointwiseTile is the product whose rows are pixels: a block takes a unit, some neighbouring tiles of
+// pixels, and a pass, some output channels. It stores a map and the statistics of the unit.
 #pragma once
 
 #include <algorithm>
@@ -51,11 +51,16 @@ __device__ __forceinline__ float activate(float u, float bound) {
 template <typename Function>
 __device__ __forceinline__ void with_activation(int activation, const Function& function) {
   switch (activation) {
-    case kRelu: return function(std::integral_constant<int, kRelu>{});
-    case kRelu6: return function(std::integral_constant<int, kRelu6>{});
-    case kHswish: return function(std::integral_constant<int, kHswish>{});
-    case kSilu: return function(std::integral_constant<int, kSilu>{});
-    default: return function(std::integral_constant<int, kLinear>{});
+    case kRelu:
+      return function(std::integral_constant<int, kRelu>{});
+    case kRelu6:
+      return function(std::integral_constant<int, kRelu6>{});
+    case kHswish:
+      return function(std::integral_constant<int, kHswish>{});
+    case kSilu:
+      return function(std::integral_constant<int, kSilu>{});
+    default:
+      return function(std::integral_constant<int, kLinear>{});
   }
 }
 
@@ -76,11 +81,11 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * kChunk * 2 + ((piece ^ swizzle) << 4);
 }
 
-// Rows of a matrix, as they are, [rows][stride] in memory: a chunk of kRows of them, those that exist. What lies
-// behind the columns becomes zero as far as it is multiplied.
+// Rows of a matrix, as they are, [rows][stride] in memory: a chunk of kRows of them, those that exist. What
+// lies behind the columns becomes zero as far as it is multiplied.
 template <int kRows, int kChunk>
-__device__ __forceinline__ void load_rows(const uint16_t* matrix, int first_row, int rows, int stride, int chunk,
-                                          unsigned char* shared) {
+__device__ __forceinline__ void load_rows(const uint16_t* matrix, int first_row, int rows, int stride,
+                                          int chunk, unsigned char* shared) {
   constexpr int kPieces = kChunk / 8, kStep = kPointwiseThreads / kPieces;
   const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
   const int column = chunk * kChunk + piece * 8;
@@ -110,11 +115,12 @@ __device__ __forceinline__ int lane_columns_offset() {
   return piece_offset<kChunk>((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1);
 }
 
-// sums += rows columns', of which a warp has kRowTiles * 16 and kColumnTiles * 8, at offsets in shared memory that
-// include the lane's; `steps` of 16 numbers.
+// sums += rows columns', of which a warp has kRowTiles * 16 and kColumnTiles * 8, at offsets in shared memory
+// that include the lane's; `steps` of 16 numbers.
 template <bool kHalf, int kChunk, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[kRowTiles][kColumnTiles][4],
-                                               const unsigned char* shared, int rows, int columns, int steps) {
+                                               const unsigned char* shared, int rows, int columns,
+                                               int steps) {
   const auto multiply = [&](int step) {
     unsigned a[kRowTiles][4];
 #pragma unroll
@@ -149,8 +155,8 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[kRowTiles][kColumnT
 
 // ---- the pipeline
 
-// How a block divides its shared memory: stages of pixels, then slots of weights (one a chunk where all of them
-// fit, else one a stage), then what else the kernel needs.
+// How a block divides its shared memory: stages of pixels, then slots of weights (one a chunk where all of
+// them fit, else one a stage), then what else the kernel needs.
 struct PipelinePlan {
   int stages, weight_slots;
   std::size_t bytes;
@@ -233,8 +239,8 @@ struct PointwiseTile {
   static constexpr int kPixelBytes = kTilePixels * kChunk * 2;
   static constexpr int kWeightBytes = round_up(kWidth, 16) * kChunk * 2;  // weights are read by 16 rows
 
-  // Results go through shared memory, kStagedRows bfloat16 at a time: the first 16 of each warp, then the next
-  // ones; or half as many floats. Rows lie an odd number of 16 bytes apart: then no bank is met twice.
+  // Results go through shared memory, kStagedRows bfloat16 at a time: the first 16 of each warp, then the
+  // next ones; or half as many floats. Rows lie an odd number of 16 bytes apart: then no bank is met twice.
   static constexpr int kStagedRows = 16 * kDown;
   static constexpr int kStagedStride = kWidth + (kWidth / 8 % 2 == 0 ? 8 : 0);
   static constexpr int kStagedBytes = kStagedRows * kStagedStride * 2;
@@ -262,7 +268,8 @@ void with_pointwise_tile(int channels, int depth, const Function& function) {
   return function(PointwiseTile<192, 32, 2>{});
 }
 
-// The end of a tile: what becomes of its sums. kMapped: there is an affine map, and no statistics are asked for.
+// The end of a tile: what becomes of its sums. kMapped: there is an affine map, and no statistics are asked
+// for.
 template <typename Tile, bool kMapped>
 class PointwiseEnd {
  public:
@@ -372,7 +379,8 @@ class PointwiseEnd {
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
       *reinterpret_cast<float2*>(to + lane_column(n)) = float2{sums[n][0], sums[n][1]};
-      *reinterpret_cast<float2*>(to + 8 * Tile::kStagedStride + lane_column(n)) = float2{sums[n][2], sums[n][3]};
+      *reinterpret_cast<float2*>(to + 8 * Tile::kStagedStride + lane_column(n)) =
+          float2{sums[n][2], sums[n][3]};
     }
   }
 
@@ -410,25 +418,29 @@ class PointwiseEnd {
   template <int kActivation>
   __device__ __forceinline__ void map_rows(int m, int half, int64_t first, int rows) const {
     uint16_t* const y = out_.y + first * stride_;
-    for_pieces<Tile::kStagedRows / 2>(m, half * (Tile::kStagedRows / 2), rows, [&](int row, int column, int at) {
-      const float* const from = reinterpret_cast<const float*>(staged_) + row * Tile::kStagedStride + column;
-      const float* const affine = out_.affine + first_column_ + column;
-      float scale[8], shift[8], bound[8], values[8];
-      load8(scale, affine);
-      load8(shift, affine + stride_);
-      load8(bound, affine + 2 * stride_);
+    for_pieces<Tile::kStagedRows / 2>(
+        m, half * (Tile::kStagedRows / 2), rows, [&](int row, int column, int at) {
+          const float* const from =
+              reinterpret_cast<const float*>(staged_) + row * Tile::kStagedStride + column;
+          const float* const affine = out_.affine + first_column_ + column;
+          float scale[8], shift[8], bound[8], values[8];
+          load8(scale, affine);
+          load8(shift, affine + stride_);
+          load8(bound, affine + 2 * stride_);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = activate<kActivation>(fmaf(from[i], scale[i], shift[i]), bound[i]);
-      if (out_.residual) {
-        const uint4 added = *reinterpret_cast<const uint4*>(out_.residual + first * stride_ + at);
-        const unsigned pair[4] = {added.x, added.y, added.z, added.w};
+          for (int i = 0; i < 8; ++i)
+            values[i] = activate<kActivation>(fmaf(from[i], scale[i], shift[i]), bound[i]);
+          if (out_.residual) {
+            const uint4 added = *reinterpret_cast<const uint4*>(out_.residual + first * stride_ + at);
+            const unsigned pair[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] += i % 2 == 0 ? low_bf16(pair[i / 2]) : high_bf16(pair[i / 2]);
-      }
-      *reinterpret_cast<uint4*>(y + at) =
-          uint4{pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                pack_bf16(values[6], values[7])};
-    });
+            for (int i = 0; i < 8; ++i)
+              values[i] += i % 2 == 0 ? low_bf16(pair[i / 2]) : high_bf16(pair[i / 2]);
+          }
+          *reinterpret_cast<uint4*>(y + at) =
+              uint4{pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
+                    pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
+        });
   }
 
   __device__ __forceinline__ void sum_rows(int rows, bool sets_pilot) {
@@ -479,8 +491,8 @@ struct Unit {
 // weight is [row_channels(channels)][depth].
 template <typename Tile, bool kHalf, bool kMapped, typename Pixels>
 __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* weight, int depth,
-                                              const PointwiseOutput& out, const Unit& unit, int pass, int stages,
-                                              int weight_slots, unsigned char* shared) {
+                                              const PointwiseOutput& out, const Unit& unit, int pass,
+                                              int stages, int weight_slots, unsigned char* shared) {
   unsigned char* const weights = shared + stages * Tile::kPixelBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32, first_column = pass * Tile::kWidth;
   const int rows =
@@ -493,16 +505,12 @@ __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* we
   float sums[Tile::kRowTiles][Tile::kColumnTiles][4] = {};
   run_pipeline(
       unit.tiles(), ceil_div(depth, Tile::kChunk), stages, weight_slots,
-      [&](int tile, int chunk, int stage) {
-        source.load(tile, chunk, shared + stage * Tile::kPixelBytes);
-      },
+      [&](int tile, int chunk, int stage) { source.load(tile, chunk, shared + stage * Tile::kPixelBytes); },
       [&](int chunk, int slot) {
         load_rows<Tile::kWidth, Tile::kChunk>(weight, first_column, row_channels(out.channels), depth, chunk,
                                               weights + slot * Tile::kWeightBytes);
       },
-      [&](int tile, int chunk, int stage) {
-        source.finish(tile, chunk, shared + stage * Tile::kPixelBytes);
-      },
+      [&](int tile, int chunk, int stage) { source.finish(tile, chunk, shared + stage * Tile::kPixelBytes); },
       [&](int chunk, int stage, int slot) {
         multiply_chunk<kHalf, Tile::kChunk>(sums, shared, rows + stage * Tile::kPixelBytes,
                                             columns + slot * Tile::kWeightBytes,
@@ -524,7 +532,10 @@ __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* we
 template <typename Tile>
 PipelinePlan plan_pointwise(int depth, std::size_t other_bytes = 0) {
   return plan_pipeline(ceil_div(depth, Tile::kChunk), Tile::kPixelBytes, Tile::kWeightBytes,
-                       Tile::kStagedBytes + other_bytes, Tile::kWidth <= 40 ? 3 : Tile::kWidth <= 96 ? 2 : 1);
+                       Tile::kStagedBytes + other_bytes,
+                       Tile::kWidth <= 40   ? 3
+                       : Tile::kWidth <= 96 ? 2
+                                            : 1);
 }
 
 // Which pieces of a tile's pixels are a thread's: those of rows kStep apart.
@@ -542,8 +553,8 @@ struct PieceMap {
   }
   static constexpr int kOffsetStep = kStep * kChunk * 2;
 
-  // Copies this thread's pieces of a chunk, from where `from(i)` says, of rows below `rows`; zeros behind `depth`,
-  // as far as they are multiplied.
+  // Copies this thread's pieces of a chunk, from where `from(i)` says, of rows below `rows`; zeros behind
+  // `depth`, as far as they are multiplied.
   template <typename From>
   static __device__ __forceinline__ void load(int rows, int depth, int chunk, unsigned char* stage,
                                               const From& from) {

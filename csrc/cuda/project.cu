@@ -64,25 +64,27 @@ class ProjectPixels {
     load8(scale, affine_ + channel);
     load8(shift, affine_ + depth_ + channel);
     load8(bound, affine_ + 2 * depth_ + channel);
-    for_pieces(stage, [&](int, unsigned(&pair)[4]) {
+    for_pieces(stage, [&](int, unsigned (&pair)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 d = __half22float2(as_half2(pair[i]));
-        const float low = fmaf(d.x, scale[2 * i], shift[2 * i]), high = fmaf(d.y, scale[2 * i + 1], shift[2 * i + 1]);
+        const float low = fmaf(d.x, scale[2 * i], shift[2 * i]),
+                    high = fmaf(d.y, scale[2 * i + 1], shift[2 * i + 1]);
         if constexpr (kActivation == kRelu) {
           pair[i] = pack_half_relu(low, high);
         } else if constexpr (kActivation == kRelu6) {  // bounds are exact in half precision
           const __half2 most = as_half2(pack_half(bound[2 * i], bound[2 * i + 1]));
           pair[i] = as_bits(__hmin2_nan(as_half2(pack_half_relu(low, high)), most));
         } else {
-          pair[i] = pack_half(activate<kActivation>(low, bound[2 * i]), activate<kActivation>(high, bound[2 * i + 1]));
+          pair[i] = pack_half(activate<kActivation>(low, bound[2 * i]),
+                              activate<kActivation>(high, bound[2 * i + 1]));
         }
       }
     });
   }
 
   __device__ __forceinline__ void multiply_by_gates(int channel, unsigned char* stage) const {
-    for_pieces(stage, [&](int row, unsigned(&pair)[4]) {
+    for_pieces(stage, [&](int row, unsigned (&pair)[4]) {
       int within;
       float gate[8];
       load8(gate, gates_ + images_.locate(row, &within) * depth_ + channel);
@@ -99,7 +101,7 @@ class ProjectPixels {
   const float* const gates_;
   ImagesOfTile images_;
   const int depth_, activation_;
-  const uint16_t* from_;       // this thread's next piece
+  const uint16_t* from_;      // this thread's next piece
   int rows_, finished_rows_;  // of the tiles that are being loaded and finished
 };
 

@@ -1,13 +1,15 @@
-"""Whole evaluations by the CUDA kernels: losses of many paths against modules in float64 on the CPU."""
+"""Whole evaluations by the CUDA kernels: losses of many paths against a plain loop over the modules in float64."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedynas import Supernet
@@ -86,9 +88,52 @@ def draw(count: int, size: tuple[int, int] = (19, 17), seed: int = 3) -> tuple[T
     return images, torch.randint(7, (count,), generator=generator)
 
 
-def exact_losses(net: nn.Module, paths: Tensor, images: Tensor, targets: Tensor, **kwargs: Any) -> Any:
-    kwargs = {key: value.double() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-    return evaluate_paths(copy.deepcopy(net).double(), paths, images.double(), targets, fused=False, **kwargs)
+@dataclass(frozen=True)
+class Exact:
+    """What a plain loop over the modules gives in float64."""
+
+    losses: Tensor
+    image_losses: Tensor
+
+
+def exact_losses(
+    net: Any,
+    paths: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    bn: str = "batch",
+    calibration: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    per_image: bool = True,
+) -> Exact:
+    """Each path by itself; BatchNorm by the statistics of the images, the stored ones, or the calibration's."""
+    net = copy.deepcopy(net).double().eval()
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def use_those_of(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        module.running_mean = inputs[0].mean((0, 2, 3))
+        module.running_var = inputs[0].var((0, 2, 3), unbiased=False)
+
+    def logits(path: Tensor, x: Tensor, of_batch: bool) -> Tensor:
+        hooks = [norm.register_forward_pre_hook(use_those_of) for norm in norms] if of_batch else []
+        x = net.stem(x.double())
+        for layer, op in zip(net.choices, path.tolist(), strict=True):
+            x = layer[op](x)
+        x = net.head(x)
+        for hook in hooks:
+            hook.remove()
+        return x
+
+    rows = []
+    with torch.no_grad():
+        for path in paths:
+            if calibration is not None:
+                logits(path, calibration, True)
+            found = logits(path, images, bn == "batch")
+            rows.append(F.cross_entropy(found, targets, reduction="none", label_smoothing=label_smoothing))
+    image_losses = torch.stack(rows)
+    return Exact(image_losses.mean(1), image_losses)
 
 
 def drawn_paths(net: Any, count: int, seed: int = 5) -> Tensor:

@@ -67,9 +67,7 @@ def test_shapes(cuda, rows, depth, channels):
 @pytest.mark.parametrize("out_stride", [10, 16, 64, 72, 130])
 def test_strides_and_activations(cuda, activation, out_stride):
     generator = torch.Generator().manual_seed(out_stride)
-    case = Case(
-        cuda, generator, 5, 21, 10, in_stride=24 + activation, out_stride=out_stride, activation=activation
-    )
+    case = Case(cuda, generator, 5, 21, 10, in_stride=24 + activation, out_stride=out_stride, activation=activation)
     run(cuda, [case])
     case.check()
 
