@@ -190,7 +190,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
-    """Floating images [N, C, H, W] with N >= 1, finite, on `device`."""
+    """Floating images [N, C, H, W] with N >= 1, on `device`."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {type(images).__name__}")
     if not images.is_floating_point():
@@ -199,20 +199,25 @@ def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
         raise ValueError(f"{name}: expected [N, C, H, W] with no empty dimension, got {list(images.shape)}")
     if device is not None and images.device != device:
         raise ValueError(f"{name}: expected the supernet's device {device}, got {images.device}")
-    check_finite(name, images)
     return images.detach().as_subclass(Tensor)
 
 
-def check_finite(name: str, images: Tensor) -> None:
-    """All values are finite."""
+def not_finite(name: str, count: int, images: int) -> ValueError:
+    """That `count` of the images hold NaN or infinity."""
+    return ValueError(f"{name}: expected finite values, got NaN or infinity in {count} of {images} images")
+
+
+def check_values(name: str, images: Tensor, targets: Tensor | None) -> None:
+    """All values of the images are finite, and no class is negative; how many there are, the logits tell."""
     # The sum is finite only where all values are (unless it overflows), and needs no memory.
     if not bool(torch.isfinite(images.sum())) and not bool(torch.isfinite(images).all()):
-        count = int((~torch.isfinite(images)).flatten(1).any(1).sum())
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity in {count} of {len(images)} images")
+        raise not_finite(name, int((~torch.isfinite(images)).flatten(1).any(1).sum()), len(images))
+    if targets is not None and int(targets.min()) < 0:
+        raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
 
 
 def check_targets(targets: Any, images: Tensor) -> Tensor:
-    """Class indices int64 [N], none negative, on the images' device. The upper bound is known from the logits."""
+    """Class indices int64 [N] on the images' device."""
     expected = f"targets: expected int64 [{len(images)}] (a class for each image)"
     if not isinstance(targets, Tensor):
         raise TypeError(f"{expected}, got {type(targets).__name__}")
@@ -222,18 +227,23 @@ def check_targets(targets: Any, images: Tensor) -> Tensor:
         raise ValueError(f"{expected}, got int64 {list(targets.shape)}")
     if targets.device != images.device:
         raise ValueError(f"targets: expected the images' device {images.device}, got {targets.device}")
-    if int(targets.min()) < 0:
-        raise ValueError(f"targets: expected classes from 0, got {int(targets.min())}")
     return targets
 
 
-def iterate_batches(images: Any, targets: Any, device: torch.device | None) -> Iterator[Batch]:
-    """Checked (images, targets) pairs from one pair of tensors or from an iterable of pairs."""
+def iterate_batches(
+    images: Any, targets: Any, device: torch.device | None, check: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[Batch]:
+    """Checked (images, targets) pairs from one pair of tensors or from an iterable of pairs.
+
+    `check` is given the name, images and targets of each, to check what is in them.
+    """
     if isinstance(images, Tensor):
         if targets is None:
             raise TypeError(f"targets: expected int64 [{len(images)}], got None")
         images = check_images("images", images, device)
-        yield images, check_targets(targets, images)
+        targets = check_targets(targets, images)
+        check("images", images, targets)
+        yield images, targets
         return
     if not isinstance(images, Iterable):
         raise TypeError(f"images: expected a tensor or an iterable of (images, targets), got {type(images).__name__}")
@@ -243,8 +253,10 @@ def iterate_batches(images: Any, targets: Any, device: torch.device | None) -> I
     for batch in images:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"images: expected an iterable of (images, targets), got a {type(batch).__name__} in it")
-        checked = check_images(f"images (batch {count})", batch[0], device)
-        yield checked, check_targets(batch[1], checked)
+        name = f"images (batch {count})"
+        checked = check_images(name, batch[0], device), check_targets(batch[1], batch[0])
+        check(name, *checked)
+        yield checked
         count += 1
     if count == 0:
         raise ValueError("images: expected at least one batch, got an empty iterable")

@@ -147,9 +147,10 @@ def evaluate_paths(
         engine = engine_type(described, trie, kind, bn, label_smoothing, max_memory)
 
     if calibration is not None:
+        engine.check_values("calibration", calibration, None)
         engine.calibrate(calibration)
     sums = _Sums(trie, per_image)
-    for batch_images, batch_targets in arguments.iterate_batches(images, targets, device):
+    for batch_images, batch_targets in arguments.iterate_batches(images, targets, device, engine.check_values):
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             sums.sizes += engine.evaluate(*part, sums.add)

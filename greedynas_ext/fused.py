@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greedynas_ext import _library
+from greedynas_ext import _library, arguments
 from greedynas_ext.block_layout import ACTIVATIONS, GATES, KINDS
 from greedynas_ext.fused_chain import FusedChain, operation_norms, operation_shape
 from greedynas_ext.isolation import held_interrupts
@@ -174,6 +174,10 @@ class FusedEngine:
             on_scores(self._leaves, *self._run(steps, part, part_targets.contiguous(), statistics))
             sizes.append(len(part))
         return sizes
+
+    def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
+        """Raises ValueError for values that are not allowed in what is evaluated next."""
+        arguments.check_values(name, images, targets)
 
     def check(self) -> None:
         """Raises what is known only when all is computed: nothing."""

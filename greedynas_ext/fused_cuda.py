@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greedynas_ext import _library
+from greedynas_ext import _library, arguments
 from greedynas_ext.fused import FusedEngine, _Rows
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.isolation import held_interrupts
@@ -50,12 +50,20 @@ class CudaEngine(FusedEngine):
         self._classifier = [self._fused.head.weight, self._fused.head.bias]
         self._kept = rows.kept
         self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._finite: Tensor | None = None
+        self._found: list[tuple[str, int, Tensor]] = []
         self._events: list[tuple[int, Any, Any]] = []
 
+    def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
+        """Nothing waits for the answer: check() reads it. Wrong targets are found by the loss kernel."""
+        self._found.append((name, len(images), (~torch.isfinite(images.sum((1, 2, 3)))).sum()))
+
     def check(self) -> None:
-        """Raises ValueError for what the kernels found: targets out of range."""
-        if int(self._status) != 0:
+        """Raises ValueError for images that are not finite, and for targets out of range."""
+        *counts, status = torch.stack([*(count for _, _, count in self._found), self._status[0]]).tolist()
+        for (name, images, _), count in zip(self._found, counts, strict=True):
+            if count:
+                raise arguments.not_finite(name, count, images)
+        if status:
             classes = self._fused.head.weight.shape[0]
             raise ValueError(f"targets: expected classes in [0, {classes}) (the head's logits), got others")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greedynas_ext import ops
+from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain
 from greedynas_ext.intercept import Interceptor, Normalisation
 from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
@@ -85,6 +85,10 @@ class ModuleEngine:
             if self._macs is None:
                 self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
         return sizes
+
+    def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
+        """Raises ValueError for values that are not allowed in what is evaluated next."""
+        arguments.check_values(name, images, targets)
 
     def check(self) -> None:
         """Raises what is known only when all is computed: nothing."""

@@ -21,7 +21,11 @@ namespace greedynas::cuda {
 
 inline constexpr int kPointwiseThreads = 256;
 inline constexpr int kTilePixels = 128;
+#ifdef __CUDACC__
 inline constexpr int kMaxUnits = 2048;  // enough blocks, and few partial sums
+#else
+inline constexpr int kMaxUnits = 3;  // so that units of small maps have several tiles where they are emulated
+#endif
 
 // Tiles of a unit (the last one may have fewer).
 constexpr int64_t unit_tiles(int64_t pixels) {

@@ -102,6 +102,9 @@ class Strided:
         (1, 31, 9, 12, 19, 3),
         (2, 9, 8, 130, 160, 1),
         (1, 2, 260, 16, 16, 1),
+        (5, 23, 25, 72, 96, 2),  # units of several tiles (under emulation)
+        (70, 5, 7, 8, 16, 2),
+        (7, 387, 389, 8, 8, 2),  # (everywhere)
     ],
 )
 def test_strided_shapes(cuda, images, height, width, in_channels, channels, stride):
@@ -188,6 +191,9 @@ class Stem:
         ((3, 16, 7, 8), 32, 1, 1),
         ((1, 2, 12, 30), 13, 3, 3),
         ((1, 24, 9, 9), 64, 7, 1),  # more weights than stay in shared memory
+        ((7, 3, 27, 26), 32, 3, 2),  # units of several tiles (under emulation)
+        ((9, 4, 13, 14), 24, 5, 1),
+        ((7, 1, 387, 389), 8, 3, 2),  # (everywhere)
     ],
 )
 def test_stem_shapes(cuda, shape, channels, kernel, stride):
