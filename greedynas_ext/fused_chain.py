@@ -70,9 +70,9 @@ class FusedChain:
         parts: dict[str, object] = {"stem": stem, "head": head}
         parts.update({f"choices[{layer}][{op}]": part for (layer, op), part in operations.items()})
         for place, part in parts.items():
-            for tensor in _tensors(part):
-                if tensor.device != device:
-                    return f"supernet.{place}: a tensor on {tensor.device} in a supernet on {device}"
+            tensor = next(_tensors(part), None)  # a module's are all on one device, or it is not recognised
+            if tensor is not None and tensor.device != device:
+                return f"supernet.{place}: weights on {tensor.device} in a supernet on {device}"
         return cls(stem, operations, head)
 
     def lacks_running_statistics(self) -> bool:

@@ -93,6 +93,14 @@ def refusal(module: nn.Module) -> str | None:
             return reason
     if len(dtypes) > 1:
         return f"expected tensors of one dtype, got {', '.join(dtypes.values())}"
+    devices = {
+        str(tensor.device)
+        for _, each in named_modules(module)
+        for tensor in (*each._parameters.values(), *each._buffers.values())
+        if tensor is not None
+    }
+    if len(devices) > 1:
+        return f"expected tensors on one device, got {', '.join(sorted(devices))}"
     return None
 
 

@@ -174,6 +174,17 @@ def test_far_means(cuda):
     check_raw(cuda, [make(g, 2, 65, 96, 16, RELU6, mean=300.0)])
 
 
+def test_far_means_of_outputs(cuda):
+    """Statistics of outputs that are 300 deviations from zero do not cancel."""
+    g = torch.Generator().manual_seed(11)
+    node = make(g, 2, 350, 8, 16, LINEAR)
+    node["affine"][1, :8] += 300 * node["affine"][0, :8]
+    node["weight"] = node["weight"].abs()
+    y = run_raw(cuda, [node])[0][0].double()
+    assert (y.mean(0).abs() > 100 * y.std(0)).all()
+    check_raw(cuda, [node])
+
+
 # A unit has several tiles above 384 pixels under emulation, above 2048 * 128 on a GPU. Weights stay in shared
 # memory, or come with every tile.
 @pytest.mark.parametrize(

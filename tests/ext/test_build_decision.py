@@ -23,7 +23,7 @@ def setup_py() -> ModuleType:
     return module
 
 
-FOUND = {"nvcc": "/cuda/bin/nvcc", "torch_has_cuda": True, "gpu": True, "sources": 1}
+FOUND = {"nvcc": "/cuda/bin/nvcc", "torch_has_cuda": True, "gpu": True}
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,6 @@ FOUND = {"nvcc": "/cuda/bin/nvcc", "torch_has_cuda": True, "gpu": True, "sources
         (None, {"nvcc": None}, False, "no nvcc found"),
         (None, {"gpu": False}, False, "no GPU found; FORCE_CUDA=1 builds without one"),
         (None, {"torch_has_cuda": False}, False, "torch is a CPU build"),
-        (None, {"sources": 0}, False, "this version has no CUDA kernels yet"),
-        ("1", {"sources": 0}, False, "this version has no CUDA kernels yet"),
     ],
 )
 def test_decision(
@@ -54,7 +52,7 @@ def test_decision(
     ("force", "changes", "message"),
     [
         ("1", {"nvcc": None}, "FORCE_CUDA=1: expected nvcc on PATH or under CUDA_HOME/bin, found none"),
-        ("1", {"nvcc": None, "sources": 0}, "FORCE_CUDA=1: expected nvcc"),
+        ("1", {"nvcc": None}, "FORCE_CUDA=1: expected nvcc"),
         ("1", {"torch_has_cuda": False}, "FORCE_CUDA=1: expected a CUDA build of torch, got a CPU build"),
         ("yes", {}, "FORCE_CUDA: expected 0 or 1, got 'yes'"),
     ],
