@@ -1,5 +1,5 @@
-// Chains and steps from the arrays in which Python hands them over (greedynas_ext/fused.py). Addresses come from
-// tensors that the caller keeps alive.
+// Chains and steps from the arrays in which Python hands them over (greedynas_ext/fused.py). Addresses come
+// from tensors that the caller keeps alive.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -1,5 +1,5 @@
-// A chain as it is given to the engines of every device: a stem, layers of alternative operations, a head, and the
-// nodes of the path plan that are to be evaluated.
+// A chain as it is given to the engines of every device: a stem, layers of alternative operations, a head,
+// and the nodes of the path plan that are to be evaluated.
 #pragma once
 
 #include <cstdint>

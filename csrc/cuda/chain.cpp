@@ -44,7 +44,8 @@ ChainEvaluation::ChainEvaluation(const ChainSource& source) : source_(source), p
   }
   const auto keep = [&](const OperationSource& op) {
     kept_.push_back(packed_.bytes() + captured_bytes_);
-    const int64_t channels = 2 * row_channels(int_of(op.hidden_channels)) + row_channels(int_of(op.out_channels));
+    const int64_t channels =
+        2 * row_channels(int_of(op.hidden_channels)) + row_channels(int_of(op.out_channels));
     captured_bytes_ += aligned(2 * channels * int64_t{sizeof(float)});
   };
   keep(source_.stem);
@@ -72,7 +73,8 @@ int64_t ChainEvaluation::map_bytes(int64_t count, const Map& m) const {
 }
 
 // Runs of steps of one layer, cut into groups of operations that are alike.
-std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<PathStep>& steps, int64_t count,
+std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<PathStep>& steps,
+                                                             int64_t count,
                                                              const std::vector<Map>& maps) const {
   std::vector<std::vector<int32_t>> groups;
   for (std::size_t first = 0; first < steps.size();) {
@@ -87,8 +89,8 @@ std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<P
     for (; last < steps.size() && source_.nodes[steps[last].node].layer == layer; ++last) {
       const int32_t node = steps[last].node;
       const OperationSource& op = operation_of(node);
-      const int64_t bytes = count * maps[node + 1].shape.pixels() *
-                            row_channels(int_of(op.hidden_channels)) * int64_t{sizeof(uint16_t)};
+      const int64_t bytes = count * maps[node + 1].shape.pixels() * row_channels(int_of(op.hidden_channels)) *
+                            int64_t{sizeof(uint16_t)};
       const auto [place, fresh] = open.try_emplace(
           Key{op.kind, op.kernel, op.stride, op.activation, op.se_channels > 0}, Open{groups.size(), 0});
       Open& group = place->second;
@@ -194,8 +196,8 @@ ChainEvaluation::Layout ChainEvaluation::lay_out(const std::vector<PathStep>& st
     for (const int32_t node : group) {
       const int64_t slot = node + 1, parent = source_.nodes[node].parent + 1;
       const OperationSource& op = operation_of(node);
-      result.maps[slot] = op.kind == kIdentity ? result.maps[parent]
-                                               : place(result.maps[slot].shape, needs_moments_[slot]);
+      result.maps[slot] =
+          op.kind == kIdentity ? result.maps[parent] : place(result.maps[slot].shape, needs_moments_[slot]);
       space(op, result.maps[parent], result.maps[slot], count, leaf, end);
     }
     most_space = std::max(most_space, end);
@@ -210,8 +212,8 @@ ChainEvaluation::Layout ChainEvaluation::lay_out(const std::vector<PathStep>& st
     }
   }
   result.stem_affine = aligned(arena.size());
-  result.workspace = result.stem_affine + aligned(3 * row_channels(int_of(source_.stem.out_channels)) *
-                                                  int64_t{sizeof(float)});
+  result.workspace = result.stem_affine +
+                     aligned(3 * row_channels(int_of(source_.stem.out_channels)) * int64_t{sizeof(float)});
   result.bytes = result.workspace + most_space;
   return result;
 }
@@ -235,10 +237,10 @@ float* ChainEvaluation::covariance(const Map& m) const {
 float* ChainEvaluation::kept(int64_t site, int stage) const {
   const auto blocks = static_cast<int64_t>(source_.stem_blocks.size());
   const auto nodes = static_cast<int64_t>(source_.nodes.size());
-  const OperationSource& op = site == 0                     ? source_.stem
-                              : site <= blocks              ? source_.stem_blocks[site - 1]
-                              : site < node_site(nodes)     ? operation_of(site - node_site(0))
-                                                            : source_.head;
+  const OperationSource& op = site == 0                 ? source_.stem
+                              : site <= blocks          ? source_.stem_blocks[site - 1]
+                              : site < node_site(nodes) ? operation_of(site - node_site(0))
+                                                        : source_.head;
   const int64_t hidden = row_channels(int_of(op.hidden_channels));
   return reinterpret_cast<float*>(packed_memory_ + kept_[site]) + stage * 2 * hidden;
 }
@@ -352,7 +354,8 @@ void ChainEvaluation::run_stem() {
   stem.space.affines[kProjectBn] = layout_.stem_affine;
   float* affine = at<float>(layout_.stem_affine);
   const bool passes_on = packed_.stem_passes_on();
-  if (known()) launch_groups<NormAffine>({known_affine(*stem.op, 0, kProjectBn, affine)}, norm_affine, stream_);
+  if (known())
+    launch_groups<NormAffine>({known_affine(*stem.op, 0, kProjectBn, affine)}, norm_affine, stream_);
   StemConv conv{};
   conv.images = batch_.images;
   std::copy_n(batch_.strides, 4, conv.strides);
@@ -384,8 +387,11 @@ void ChainEvaluation::run_nodes(const std::vector<int32_t>& nodes) {
   std::vector<Work> group;
   int64_t end = layout_.workspace;
   for (const int32_t node : nodes) {
-    Work w{&packed_.operations[source_.nodes[node].op], node_site(node),
-           layout_.maps[source_.nodes[node].parent + 1], layout_.maps[node + 1], {}};
+    Work w{&packed_.operations[source_.nodes[node].op],
+           node_site(node),
+           layout_.maps[source_.nodes[node].parent + 1],
+           layout_.maps[node + 1],
+           {}};
     w.space = space(w.op->source, w.in, w.out, batch_.count, leaf_of_node_[node] >= 0, end);
     group.push_back(w);
   }
@@ -428,7 +434,9 @@ void ChainEvaluation::run_bottlenecks(const std::vector<Work>& group, const floa
     e.kernel = int_of(o.kernel);
     e.stride = int_of(o.stride);
     // Without an expansion there is none between it and the depthwise convolution, but what is handed on.
-    e.activation = first_affine ? int_of(source_.stem.activation) : o.expand ? int_of(o.activation) : int{kLinear};
+    e.activation = first_affine ? int_of(source_.stem.activation)
+                   : o.expand   ? int_of(o.activation)
+                                : int{kLinear};
     convolutions.push_back(e);
     if (known()) {
       for (const int stage : {kDepthwiseBn, kProjectBn})
@@ -473,14 +481,15 @@ void ChainEvaluation::run_squeeze_excite(const std::vector<Work>& group) const {
   const int images = int_of(batch_.count);
   for (const Work& w : group) {
     const OperationSource& o = w.op->source;
-    const int hidden = int_of(o.hidden_channels), squeezed = int_of(o.se_channels), row = row_channels(hidden);
+    const int hidden = int_of(o.hidden_channels), squeezed = int_of(o.se_channels),
+              row = row_channels(hidden);
     float *pooled = at<float>(w.space.pooled), *middle = at<float>(w.space.squeezed);
     squeezes.push_back({at<uint16_t>(w.space.depthwise), at<float>(w.space.affines[kDepthwiseBn]),
-                        w.op->norms[kDepthwiseBn].factor, pooled, images, int_of(w.out.shape.pixels()), hidden,
-                        int_of(o.activation)});
+                        w.op->norms[kDepthwiseBn].factor, pooled, images, int_of(w.out.shape.pixels()),
+                        hidden, int_of(o.activation)});
     reduce.push_back({pooled, static_cast<const float*>(o.se_reduce_weight),
-                      static_cast<const float*>(o.se_reduce_bias), middle, images, hidden, row, squeezed, squeezed,
-                      kLinearRelu});
+                      static_cast<const float*>(o.se_reduce_bias), middle, images, hidden, row, squeezed,
+                      squeezed, kLinearRelu});
     excite.push_back({middle, static_cast<const float*>(o.se_expand_weight),
                       static_cast<const float*>(o.se_expand_bias), at<float>(w.space.gates), images, squeezed,
                       squeezed, hidden, row, o.se_gate == kSigmoid ? kLinearSigmoid : kLinearHsigmoid});
@@ -526,7 +535,8 @@ void ChainEvaluation::sum_up_and_finish(const std::vector<Work>& group) {
   }
   launch_groups(affines, norm_affine, stream_);
   // Nodes of a launch all have moments, or none has.
-  const auto without = std::stable_partition(maps.begin(), maps.end(), [](const FinishMap& m) { return m.mean; });
+  const auto without =
+      std::stable_partition(maps.begin(), maps.end(), [](const FinishMap& m) { return m.mean; });
   launch_groups(std::vector<FinishMap>(maps.begin(), without), finish_map, stream_);
   launch_groups(std::vector<FinishMap>(without, maps.end()), finish_map, stream_);
 }
@@ -541,8 +551,8 @@ void ChainEvaluation::run_head(const std::vector<int32_t>& leaves) {
   int64_t end = layout_.workspace;
   for (const int32_t node : leaves) {
     const Map& in = layout_.maps[node + 1];
-    const Space s = space(operation_of(node), layout_.maps[source_.nodes[node].parent + 1], in, batch_.count, true,
-                          end);
+    const Space s =
+        space(operation_of(node), layout_.maps[source_.nodes[node].parent + 1], in, batch_.count, true, end);
     const int64_t site = node_site(static_cast<int64_t>(source_.nodes.size())) + leaf_of_node_[node];
     float* affine = at<float>(s.affines[kExpandBn]);
     if (known()) {
@@ -552,7 +562,8 @@ void ChainEvaluation::run_head(const std::vector<int32_t>& leaves) {
           pointwise_affine_of(packed_.head, site, kProjectBn, affine, in, packed_.head.project));
     }
     pools.push_back({map(in), packed_.head.project, affine, at<float>(s.pooled), images,
-                     int_of(in.shape.pixels()), in.shape.channels, channels, int_of(source_.head.activation)});
+                     int_of(in.shape.pixels()), in.shape.channels, channels,
+                     int_of(source_.head.activation)});
     classifiers.push_back({at<float>(s.pooled), static_cast<const float*>(source_.classifier_weight),
                            static_cast<const float*>(source_.classifier_bias), at<float>(s.logits), images,
                            channels, row_channels(channels), classes, classes, kNoActivation});

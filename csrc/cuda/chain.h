@@ -1,5 +1,5 @@
-// Evaluation of many paths of a supernet chain on a GPU: kernels are launched on a stream, in the order of the
-// path plan, and nothing waits for them. Memory is the caller's.
+// Evaluation of many paths of a supernet chain on a GPU: kernels are launched on a stream, in the order of
+// the path plan, and nothing waits for them. Memory is the caller's.
 //
 // Nodes of a layer whose operations are alike are worked on by the same launches, as far as that takes little
 // memory: large maps fill a GPU by themselves.
@@ -41,8 +41,8 @@ class ChainEvaluation {
   void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics, void* memory,
              Stream stream);
 
-  // Launches what comes next. Returns its stage, which is 0 for the stem, 1 + layer, then one for the head and
-  // one for the loss; -1 when nothing was left.
+  // Launches what comes next. Returns its stage, which is 0 for the stem, 1 + layer, then one for the head
+  // and one for the loss; -1 when nothing was left.
   int64_t advance();
 
  private:
@@ -84,7 +84,9 @@ class ChainEvaluation {
   const OperationSource& operation_of(int64_t node) const {
     return source_.operations[source_.nodes[node].op];
   }
-  int64_t node_site(int64_t node) const { return 1 + static_cast<int64_t>(source_.stem_blocks.size()) + node; }
+  int64_t node_site(int64_t node) const {
+    return 1 + static_cast<int64_t>(source_.stem_blocks.size()) + node;
+  }
   bool stem_moments(std::size_t map) const;
 
   Layout lay_out(const std::vector<PathStep>& steps, int64_t count, int64_t height, int64_t width,

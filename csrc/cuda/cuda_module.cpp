@@ -1,5 +1,5 @@
-// greedynas_ext._cuda as a Python module: evaluation of chains on a GPU, and its kernels one by one. Addresses come
-// from tensors that the caller keeps alive until the stream has done its work.
+// greedynas_ext._cuda as a Python module: evaluation of chains on a GPU, and its kernels one by one.
+// Addresses come from tensors that the caller keeps alive until the stream has done its work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,7 +37,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       .def(py::init([](const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
                        int64_t classifier_weight, int64_t classifier_bias, int64_t classes,
                        const std::string& precision) {
-             if (precision != "bf16") throw std::invalid_argument("precision: expected bf16, got " + precision);
+             if (precision != "bf16")
+               throw std::invalid_argument("precision: expected bf16, got " + precision);
              return ChainEvaluation(
                  chain_source(rows, eps, stem_blocks, nodes, classifier_weight, classifier_bias, classes));
            }),
@@ -74,7 +75,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
             batch.image_losses = address<float>(image_losses);
             batch.correct = address<int64_t>(correct);
             batch.status = address<int>(status);
-            e.start(steps_from(steps), batch, statistics, address<void>(memory), address<CUstream_st>(stream));
+            e.start(steps_from(steps), batch, statistics, address<void>(memory),
+                    address<CUstream_st>(stream));
           },
           py::arg("steps"), py::arg("images"), py::arg("sizes"), py::arg("strides"), py::arg("targets"),
           py::arg("label_smoothing"), py::arg("image_losses"), py::arg("correct"), py::arg("status"),

@@ -1,5 +1,5 @@
-// What kernels are written in: CUDA as nvcc compiles it, or, for every other compiler, its emulation on the host
-// (tests/emulation/emulation.h), which has the same names.
+// What kernels are written in: CUDA as nvcc compiles it, or, for every other compiler, its emulation on the
+// host (tests/emulation/emulation.h), which has the same names.
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,11 +13,11 @@
 // Shared memory: a variable, or all that the launch asked for.
 #define GREEDYNAS_SHARED(Type, name, ...) __shared__ Type name __VA_ARGS__
 #define GREEDYNAS_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-#define GREEDYNAS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                    \
-  do {                                                                                      \
-    greedynas::cuda::allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);     \
-    kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__);                     \
-    greedynas::cuda::check(cudaGetLastError(), #kernel);                                    \
+#define GREEDYNAS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                \
+  do {                                                                                  \
+    greedynas::cuda::allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes); \
+    kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__);                 \
+    greedynas::cuda::check(cudaGetLastError(), #kernel);                                \
   } while (false)
 
 namespace greedynas::cuda {
@@ -68,27 +68,27 @@ __device__ __forceinline__ void wait_async() {
 //   B 16x8:  b0 k 2t and 2t+1, column g; b1 k+8
 //   C 16x8:  c[0], c[1] row g, columns 2t and 2t+1; c[2], c[3] row g+8
 
-#define GREEDYNAS_MULTIPLY(name, type)                                                                     \
-  __device__ __forceinline__ void name(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {  \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                    \
-                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                 \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                          \
-  }                                                                                                        \
-  /* C = A B: no registers to clear first */                                                               \
-  __device__ __forceinline__ void name##_first(float (&c)[4], const unsigned (&a)[4], unsigned b0,         \
-                                               unsigned b1) {                                              \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                    \
-                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"                             \
-                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));                \
+#define GREEDYNAS_MULTIPLY(name, type)                                                                    \
+  __device__ __forceinline__ void name(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                   \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+  }                                                                                                       \
+  /* C = A B: no registers to clear first */                                                              \
+  __device__ __forceinline__ void name##_first(float (&c)[4], const unsigned (&a)[4], unsigned b0,        \
+                                               unsigned b1) {                                             \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                   \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"                            \
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));               \
   }
 GREEDYNAS_MULTIPLY(multiply_bf16, "bf16")
 GREEDYNAS_MULTIPLY(multiply_f16, "f16")
 #undef GREEDYNAS_MULTIPLY
 
-// Four 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8,
-// and gets elements 2t and 2t+1 of row g of each (transposed: of column g).
+// Four 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l
+// / 8, and gets elements 2t and 2t+1 of row g of each (transposed: of column g).
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

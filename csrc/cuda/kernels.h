@@ -1,18 +1,19 @@
-// The CUDA kernels that a chain of choice blocks is made of: their arguments, and the functions that launch them.
-// No torch, no CUDA header: the chain that drives them is plain C++, and so is the emulation that executes them
-// on the host (tests/emulation).
+// The CUDA kernels that a chain of choice blocks is made of: their arguments, and the functions that launch
+// them. No torch, no CUDA header: the chain that drives them is plain C++, and so is the emulation that
+// executes them on the host (tests/emulation).
 //
-// Feature maps are bfloat16 in NHWC: a row of row_channels(C) channels per pixel, the padding zero. The outputs
-// of depthwise convolutions are half-precision numbers in such rows. All of them begin at multiples of 16 bytes.
+// Feature maps are bfloat16 in NHWC: a row of row_channels(C) channels per pixel, the padding zero. The
+// outputs of depthwise convolutions are half-precision numbers in such rows. All of them begin at multiples
+// of 16 bytes.
 //
 // Half precision has few exponents. What is stored in it is multiplied by powers of two, channel by channel:
 // normalised values by BatchNorm::factor, depthwise weights by a factor of their own (pack.cu). A depthwise
 // output is thus `stored_factor` times what it stands for, and the BatchNorm after it takes that away again.
 //
-// Partial sums of statistics lie as [unit][4][row_channels(C)]: pilot, sum, squares, count. Sums and squares are
-// of the distances from the pilot, a value that the unit has seen, so that nothing cancels. A unit is what one
-// block has summed up, in a fixed order; units are joined in double, in a fixed order: results are the same, bit
-// for bit, in every run.
+// Partial sums of statistics lie as [unit][4][row_channels(C)]: pilot, sum, squares, count. Sums and squares
+// are of the distances from the pilot, a value that the unit has seen, so that nothing cancels. A unit is
+// what one block has summed up, in a fixed order; units are joined in double, in a fixed order: results are
+// the same, bit for bit, in every run.
 //
 // A launch works on a group of nodes: operations of one layer, each run on an input of its own.
 #pragma once
@@ -52,20 +53,21 @@ struct BatchNorm {
 // An affine map and what the activation after it needs to know, float [3][row_channels(channels)]:
 //   scale, shift  u = value * scale + shift, `factor` times the normalised value; padding gives 0
 //   bound         ReLU6: 6 * factor; H-swish: 1 / (6 * factor); SiLU: 1 / factor; else unused
-// so that factor * activation(u / factor) is: max(u, 0); min(max(u, 0), bound); u * saturate(u * bound + 0.5);
-// u / (1 + exp(-u * bound)). NaN stays NaN.
+// so that factor * activation(u / factor) is: max(u, 0); min(max(u, 0), bound); u * saturate(u * bound +
+// 0.5); u / (1 + exp(-u * bound)). NaN stays NaN.
 
 // BatchNorm from the statistics of the batch, or, where `mean` is not null, from known ones.
 struct NormAffine {
-  const float* partials;   // [units][4][row_channels]
-  const float* mean;       // known statistics, or null
-  const float* variance;   // biased
-  const float* stored_factor;  // what the summed values were multiplied by; null: 1. Known statistics are never.
-  float* affine;           // written; maps stored values
-  float* keep;             // written: mean and biased variance [2][row_channels], not multiplied; or null
+  const float* partials;  // [units][4][row_channels]
+  const float* mean;      // known statistics, or null
+  const float* variance;  // biased
+  const float*
+      stored_factor;  // what the summed values were multiplied by; null: 1. Known statistics are never.
+  float* affine;      // written; maps stored values
+  float* keep;        // written: mean and biased variance [2][row_channels], not multiplied; or null
   BatchNorm norm;
   int units, channels;
-  int activation;          // Activation (choice_block.h) after the affine map
+  int activation;  // Activation (choice_block.h) after the affine map
 };
 void norm_affine(const Group<NormAffine>& group, Stream stream);
 
@@ -76,7 +78,7 @@ struct PointwiseAffine {
   const float* covariance;  // [row_channels(in)][row_channels(in)], biased, all of it
   const uint16_t* weight;   // bfloat16 [row_channels(channels)][row_channels(in)]
   float* affine;
-  float* keep;              // as in NormAffine
+  float* keep;  // as in NormAffine
   BatchNorm norm;
   int in_channels, channels;
   int activation;
@@ -102,8 +104,8 @@ void finish_map(const Group<FinishMap>& group, Stream stream);  // nodes of equa
 
 // ---- inverted bottlenecks (expand_depthwise.cu, squeeze_excite.cu, project.cu)
 
-// expand -> BatchNorm, activation -> depthwise convolution, padded by kernel / 2. The expanded map never reaches
-// memory. Nodes of a group differ in pointers and hidden channels alone.
+// expand -> BatchNorm, activation -> depthwise convolution, padded by kernel / 2. The expanded map never
+// reaches memory. Nodes of a group differ in pointers and hidden channels alone.
 struct ExpandDepthwise {
   const uint16_t* x;          // bfloat16 [images][height][width][row_channels(in)]
   const uint16_t* expand;     // bfloat16 [row_channels(hidden)][row_channels(in)]
@@ -113,7 +115,7 @@ struct ExpandDepthwise {
   float* partials;            // written, of what was stored; or null
   int images, height, width;
   int in_channels, hidden_channels;
-  int kernel, stride;         // 3, 5 or 7; 1 or 2
+  int kernel, stride;  // 3, 5 or 7; 1 or 2
   int activation;
 };
 // Units of `partials`: never more than this, whatever the group.
@@ -133,19 +135,20 @@ void squeeze(const Group<Squeeze>& group, Stream stream);
 
 enum LinearActivation : int { kNoActivation, kLinearRelu, kLinearHsigmoid, kLinearSigmoid };
 
-// Rows of floats times a matrix of floats, plus bias, activated: squeeze-excitation's products, the classifier.
+// Rows of floats times a matrix of floats, plus bias, activated: squeeze-excitation's products, the
+// classifier.
 struct Linear {
   const float* input;   // [rows][in_stride]
   const float* weight;  // [channels][depth]
   const float* bias;    // [channels] or null
   float* output;        // written [rows][out_stride]; columns from channels to out_stride become 0
   int rows, depth, in_stride, channels, out_stride;
-  int activation;       // LinearActivation
+  int activation;  // LinearActivation
 };
 void linear(const Group<Linear>& group, Stream stream);
 
-// What becomes of a pointwise convolution's sums: stored as they are, rounded, with their statistics; or, where
-// `affine` is not null, mapped, activated, and the residual added.
+// What becomes of a pointwise convolution's sums: stored as they are, rounded, with their statistics; or,
+// where `affine` is not null, mapped, activated, and the residual added.
 struct PointwiseOutput {
   uint16_t* y;               // written: bfloat16 [pixels][row_channels(channels)]
   float* partials;           // written, of what was stored; or null
@@ -159,14 +162,14 @@ int pointwise_units(int64_t pixels);  // of partials: never more than this
 
 // y = W activation(d * scale + shift) * gates
 struct Project {
-  const uint16_t* d;        // half [pixels][row_channels(hidden)]
-  const float* affine;      // [3][row_channels(hidden)]
-  const float* gates;       // [images][row_channels(hidden)], or null
-  const uint16_t* weight;   // half [row_channels(channels)][row_channels(hidden)]
+  const uint16_t* d;       // half [pixels][row_channels(hidden)]
+  const float* affine;     // [3][row_channels(hidden)]
+  const float* gates;      // [images][row_channels(hidden)], or null
+  const uint16_t* weight;  // half [row_channels(channels)][row_channels(hidden)]
   PointwiseOutput out;
   int64_t pixels;
   int image_pixels, hidden_channels;
-  int activation;           // of what d is mapped to
+  int activation;  // of what d is mapped to
 };
 void project(const Group<Project>& group, Stream stream);  // nodes of equal pixels, channels and activation
 
@@ -183,10 +186,10 @@ void strided_conv(const Group<StridedConv>& group, Stream stream);
 
 // Dense convolution of the images themselves, padded by kernel / 2; they are rounded to bfloat16.
 struct StemConv {
-  const float* images;      // of any strides
-  int64_t strides[4];       // of image, channel, row, column, in elements
-  const uint16_t* weight;   // bfloat16 [row_channels(channels)][round_up(kernel * kernel * in, 16)], a row as
-                            // [ky][kx][channel], zeros behind
+  const float* images;     // of any strides
+  int64_t strides[4];      // of image, channel, row, column, in elements
+  const uint16_t* weight;  // bfloat16 [row_channels(channels)][round_up(kernel * kernel * in, 16)], a row as
+                           // [ky][kx][channel], zeros behind
   PointwiseOutput out;
   int images_count, height, width, in_channels, kernel, stride;
 };
@@ -209,8 +212,8 @@ struct PathCrossEntropy {
   const float* logits;     // [paths][images][classes], contiguous
   const int64_t* targets;  // [images]
   float* image_losses;     // written [paths][images]
-  int64_t* correct;        // written [paths]: images whose class has the highest logit (the first of equal ones)
-  int* status;             // set to 1 where a target is not in [0, classes); its losses are NaN then
+  int64_t* correct;  // written [paths]: images whose class has the highest logit (the first of equal ones)
+  int* status;       // set to 1 where a target is not in [0, classes); its losses are NaN then
   int paths, images, classes;
   float label_smoothing;
 };
@@ -243,8 +246,8 @@ struct PackPointwise {
 };
 void pack_pointwise(const Group<PackPointwise>& group, Stream stream);
 
-// A depthwise convolution in half precision, each channel multiplied by the power of two that brings its largest
-// weight to [0.5, 1).
+// A depthwise convolution in half precision, each channel multiplied by the power of two that brings its
+// largest weight to [0.5, 1).
 struct PackDepthwise {
   const float* weight;         // [channels][taps]
   const float* before_factor;  // of what the weights meet [row_channels], or null
@@ -254,8 +257,8 @@ struct PackDepthwise {
 };
 void pack_depthwise(const Group<PackDepthwise>& group, Stream stream);
 
-// A projection in half precision: columns divided by the factors of what they meet, rows multiplied by the powers
-// of two that then bring their largest weight to [0.5, 1).
+// A projection in half precision: columns divided by the factors of what they meet, rows multiplied by the
+// powers of two that then bring their largest weight to [0.5, 1).
 struct PackProject {
   const float* weight;         // [rows][columns]
   const float* column_factor;  // [row_channels(columns)] or null

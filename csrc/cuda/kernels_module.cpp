@@ -1,5 +1,5 @@
-// The kernels one by one, for tests and benchmarks: a struct of kernels.h is a Python class whose addresses are
-// integers, and a launch takes a list of them and a stream.
+// The kernels one by one, for tests and benchmarks: a struct of kernels.h is a Python class whose addresses
+// are integers, and a launch takes a list of them and a stream.
 #include "kernels_module.h"
 
 #include <pybind11/stl.h>
@@ -42,9 +42,7 @@ class Fields {
     if constexpr (std::is_pointer_v<Member>) {
       class_.def_property(
           name, [member](const Struct& s) { return reinterpret_cast<intptr_t>(s.*member); },
-          [member](Struct& s, intptr_t value) {
-            s.*member = address<std::remove_pointer_t<Member>>(value);
-          });
+          [member](Struct& s, intptr_t value) { s.*member = address<std::remove_pointer_t<Member>>(value); });
     } else if constexpr (std::is_array_v<Member>) {
       class_.def_property(
           name,
@@ -122,8 +120,8 @@ void bind_kernels(py::module_& module) {
   {
     using S = ExpandDepthwise;
     Fields<S>(module, "ExpandDepthwise") MEMBER(x) MEMBER(expand) MEMBER(affine) MEMBER(depthwise) MEMBER(d)
-        MEMBER(partials) MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(in_channels) MEMBER(hidden_channels)
-        MEMBER(kernel) MEMBER(stride) MEMBER(activation);
+        MEMBER(partials) MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(in_channels)
+            MEMBER(hidden_channels) MEMBER(kernel) MEMBER(stride) MEMBER(activation);
     module.def("expand_depthwise_units", expand_depthwise_units, py::arg("node"));
     launch(module, "expand_depthwise", expand_depthwise);
   }

@@ -10,7 +10,8 @@
 namespace greedynas::cuda {
 
 template <typename Node>
-void launch_groups(const std::vector<Node>& nodes, void (*function)(const Group<Node>&, Stream), Stream stream) {
+void launch_groups(const std::vector<Node>& nodes, void (*function)(const Group<Node>&, Stream),
+                   Stream stream) {
   for (std::size_t first = 0; first < nodes.size(); first += kMaxNodes) {
     Group<Node> group{};
     group.count = static_cast<int>(std::min<std::size_t>(kMaxNodes, nodes.size() - first));

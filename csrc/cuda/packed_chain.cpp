@@ -119,8 +119,8 @@ void PackedChain::pack(char* memory, Stream stream) {
       pointwise.push_back({floats(o.expand), op->expand, hidden, in, 1, row_channels(in)});
       depthwise.push_back({floats(o.depthwise), before, op->depthwise, op->stored_factor, hidden,
                            int_of(o.kernel * o.kernel)});
-      project.push_back({floats(o.project), op->norms[kDepthwiseBn].factor, op->project, op->project_factor,
-                         out, hidden});
+      project.push_back(
+          {floats(o.project), op->norms[kDepthwiseBn].factor, op->project, op->project_factor, out, hidden});
       if (op->unit_affine) {
         float* ones = op->unit_affine + 3 * row_channels(hidden);
         float* zeros = ones + row_channels(hidden);
