@@ -1,7 +1,7 @@
 """How long `evaluate_paths` takes on a GPU, against PyTorch's loops over paths and over prefixes there.
 
 Run: python bench/gpu.py [--space mbv2-7] [--images 1000] [--paths 10] [--resolution 224] [--source uniform]
-         [--rounds 7] [--compile] [--output FILE.json]
+         [--rounds 7] [--compile] [--ways NAME ...] [--output FILE.json]
 
 Batch statistics, bf16, images on the GPU. Every way is warmed up, its losses are compared with those of the modules in
 float32 (TF32 off), and then all are timed in interleaved rounds, each call up to its losses on the host. A ratio is the
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--source", default="uniform", help="of the paths: uniform, pool or population")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
     parser.add_argument("--compile", action="store_true", help="blocks under torch.compile too, which takes minutes")
+    parser.add_argument("--ways", nargs="+", help="of PyTorch, those alone, as the table calls them")
     parser.add_argument("--output", type=Path, help="JSON file of everything measured")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -70,7 +71,8 @@ def main() -> None:
 
     ways: dict[str, Callable[[], list[float]]] = {OURS: ours}
     for way in WAYS:
-        if way.precision == "bf16" and "batch" in way.policies and (options.compile or not way.compiled):
+        wanted = way.name in options.ways if options.ways else options.compile or not way.compiled
+        if way.precision == "bf16" and "batch" in way.policies and wanted:
             ways[way.name] = way.make(supernet, paths, images, targets, "batch")
     results: dict[str, Any] = {
         "command": sys.argv,

@@ -66,11 +66,11 @@ def evaluate_paths(
 
     Activations after a layer, and batch statistics too, depend on the choices up to it alone, so each unique prefix
     of the paths is computed once and the result is that of a loop over the paths, without gradients, dropout and
-    drop-path off, batch normalisations by the policy `bn`. On a CPU, where stem, operations and head are all
-    recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-excitation or
-    without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them; anything else
-    runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the forward of a new or
-    changed module runs once on a symbol instead of a tensor.
+    drop-path off, batch normalisations by the policy `bn`. On a CPU, and in bf16 on a GPU, where stem, operations and
+    head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with
+    squeeze-excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate
+    them; anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
+    forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
     also after an exception or Ctrl-C, which is delivered between two operations.
@@ -93,11 +93,12 @@ def evaluate_paths(
         label_smoothing: of the cross-entropy, in [0, 1].
         precision: None follows the supernet's dtype and an active autocast; "fp32" does the arithmetic on weights in
             float32 with autocast off; "bf16" rounds activations and weights to bfloat16 (modules: under bfloat16
-            autocast) and sums in float32; fused, the depthwise convolution is in half precision where there are
-            matrix tiles (AMX, AVX512-FP16), and on a machine without bfloat16 products it is "fp32".
+            autocast) and sums in float32; fused, the depthwise convolution is in half precision on a GPU and where
+            there are matrix tiles (AMX, AVX512-FP16), and on a CPU without bfloat16 products it is "fp32".
         max_memory: bytes for activations and working memory. Layer by layer is used where it fits, depth-first
             elsewhere; where that does not fit either, images are split where the statistics allow it (not where
-            those of the batch are used), or ValueError is raised. None: depth-first.
+            those of the batch are used), or ValueError is raised. None: depth-first on a CPU; on a GPU half of what is
+            free there.
         micro_batch: evaluate at most this many images at once; with bn="batch" statistics are then those of each
             part, which `statistics` says.
         per_image: also return the loss of each image.

@@ -48,7 +48,8 @@ def guarded(cuda, shape, dtype):
     memory = torch.full((size + 512,), float("nan"), dtype=dtype, device=cuda.device)
 
     def check():
-        assert memory[:256].isnan().all() and memory[256 + size :].isnan().all()
+        assert memory[:256].isnan().all()
+        assert memory[256 + size :].isnan().all()
 
     return memory[256 : 256 + size].view(shape), check
 

@@ -121,7 +121,9 @@ def test_not_finite(cuda, activation):
     expected, pooled = head.activated()[0].mean(1), head.pooled.cpu()
     assert torch.equal(pooled[:, :12].isnan(), expected.isnan())
     assert torch.equal(pooled[:, :12].isinf(), expected.isinf())
-    assert pooled[[0, 3]].isfinite().all() and pooled[1, :12].isnan().all() and (pooled[:, 12:] == 0).all()
+    assert pooled[[0, 3]].isfinite().all()
+    assert pooled[1, :12].isnan().all()
+    assert (pooled[:, 12:] == 0).all()
     assert pooled[2].isfinite().all() == (activation == RELU6)
 
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/statistics.cu against float64. Kernels join sums in double, so that what they give is the exact value
+"""csrc/cuda/statistics.cu against float64. Most of it is done in double, so that what kernels give is the exact value
 rounded to float: 2^-24, or a little more where it is a difference."""
 
 import math
@@ -8,6 +8,8 @@ import torch
 
 LINEAR, RELU, RELU6, HSWISH, SILU = range(5)
 EXACT = 2.0**-23
+# norm_affine adds up four units at a time in float, from distances in float: a few 2^-24, by chance.
+NORM = 5e-7
 NAN = math.nan
 
 
@@ -42,8 +44,11 @@ class Norm:
         self.affine = torch.full((3 * self.row + 8,), NAN, device=cuda.device)
         self.keep = torch.full((2 * self.row + 8,), NAN, device=cuda.device)
 
-    def check(self, mean, variance, stored, activation, *, keep=True, rtol=EXACT):
-        """Float64 statistics of values that were not multiplied. rtol: of the variance."""
+    def check(self, mean, variance, stored, activation, *, keep=True, rtol=EXACT, mean_error=0.0):
+        """Float64 statistics of values that were not multiplied.
+
+        rtol: of the variance. mean_error: in deviations, apart from rounding it.
+        """
         slope = self.gamma.double() / (variance.double() + torch.tensor(self.eps).double()).sqrt()
         factor = self.factor.double()
         bound = {RELU6: 6 * factor, HSWISH: 1 / (6 * factor), SILU: 1 / factor}.get(activation)
@@ -54,14 +59,16 @@ class Norm:
         shift_size = factor * (self.beta.abs() + (mean * slope).abs())
         assert ((scale - factor * slope / stored).abs() <= rtol * (factor * slope / stored).abs()).all()
         expected = factor * (self.beta.double() - mean * slope)
-        assert ((shift - expected).abs() <= EXACT * expected.abs() + rtol * shift_size).all()
+        shift_error = rtol * shift_size + mean_error * factor * (variance.sqrt() * slope).abs()
+        assert ((shift - expected).abs() <= EXACT * expected.abs() + shift_error).all()
         if bound is not None:
             torch.testing.assert_close(bounds, bound, rtol=EXACT, atol=0)
         if keep:
             kept = self.keep[: 2 * self.row].view(2, self.row).double().cpu()
             assert (kept[:, self.channels :] == 0).all()
             assert self.keep[2 * self.row :].isnan().all()
-            torch.testing.assert_close(kept[0, : self.channels], mean, rtol=EXACT, atol=0)
+            error = (kept[0, : self.channels] - mean).abs()
+            assert (error <= EXACT * mean.abs() + mean_error * variance.sqrt()).all()
             torch.testing.assert_close(kept[1, : self.channels], variance, rtol=rtol, atol=0)
 
 
@@ -86,7 +93,7 @@ def draw_partials(generator, units, channels, *, ratio=3.0, empty=0.0):
     return partials, mean, variance
 
 
-# One unit below, at and above what a block's threads have on the way at once, and what one of them takes.
+# One unit below, at and above one for each two threads of a block, and what they have on the way at once.
 @pytest.mark.parametrize("units", [1, 2, 255, 256, 257, 1023, 1024, 1025, 2600])
 @pytest.mark.parametrize(("channels", "ratio"), [(16, 3.0), (9, 1000.0)])
 def test_norm_affine_joins_units(cuda, units, channels, ratio):
@@ -104,7 +111,7 @@ def test_norm_affine_joins_units(cuda, units, channels, ratio):
     )
     cuda.kernels.norm_affine([node], cuda.stream)
     cuda.synchronize()
-    norm.check(mean, variance, 1, LINEAR)
+    norm.check(mean, variance, 1, LINEAR, rtol=NORM, mean_error=NORM)
 
 
 def test_norm_affine_of_a_group(cuda):
@@ -137,7 +144,7 @@ def test_norm_affine_of_a_group(cuda):
     cuda.kernels.norm_affine(nodes, cuda.stream)
     cuda.synchronize()
     for norm, mean, variance, stored, activation, keep in checks:
-        norm.check(mean, variance, stored, activation, keep=keep)
+        norm.check(mean, variance, stored, activation, keep=keep, rtol=NORM, mean_error=NORM)
 
 
 def test_norm_affine_of_known_statistics(cuda):
@@ -195,8 +202,8 @@ def test_norm_affine_of_odd_values(cuda):
     assert keep[1, 3].isinf()
     slope = norm.gamma / (variance + norm.eps).sqrt()
     torch.testing.assert_close(affine[0, [0, 1, 4]].double(), slope[[0, 1, 4]].double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(keep[0, [0, 1, 4]].double(), mean[[0, 1, 4]], rtol=EXACT, atol=0)
-    torch.testing.assert_close(keep[1, [0, 1, 4]].double(), variance[[0, 1, 4]], rtol=EXACT, atol=0)
+    torch.testing.assert_close(keep[0, [0, 1, 4]].double(), mean[[0, 1, 4]], rtol=NORM, atol=0)
+    torch.testing.assert_close(keep[1, [0, 1, 4]].double(), variance[[0, 1, 4]], rtol=NORM, atol=0)
 
 
 # ---- pointwise_affine
