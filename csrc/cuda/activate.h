@@ -6,21 +6,26 @@
 
 namespace greedynas::cuda {
 
-template <int kCount>
-__device__ __forceinline__ void activate(float (&u)[kCount], int activation, const float (&bound)[kCount]) {
+// bound(i, plain): the bound of channel i, which is `plain` where no factor multiplies.
+template <int kCount, typename Bound>
+__device__ __forceinline__ void activate(float (&u)[kCount], int activation, const Bound& bound) {
   if (activation == kLinear) return;
   if (activation == kRelu) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) u[i] = u[i] < 0.f ? 0.f : u[i];
   } else if (activation == kRelu6) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] = u[i] < 0.f ? 0.f : u[i] > bound[i] ? bound[i] : u[i];
+    for (int i = 0; i < kCount; ++i) {
+      const float top = bound(i, 6.f);
+      u[i] = u[i] > top ? top : u[i];
+      u[i] = u[i] < 0.f ? 0.f : u[i];
+    }
   } else if (activation == kHswish) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] *= __saturatef(u[i] * bound[i] + 0.5f);
+    for (int i = 0; i < kCount; ++i) u[i] *= __saturatef(u[i] * bound(i, 1.f / 6.f) + 0.5f);
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] = __fdividef(u[i], 1.f + __expf(-u[i] * bound[i]));
+    for (int i = 0; i < kCount; ++i) u[i] = __fdividef(u[i], 1.f + __expf(-u[i] * bound(i, 1.f)));
   }
 }
 

@@ -107,8 +107,9 @@ class StemPixels {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         values_[i][j] = 0.f;
-        if (seen >> j & 1)
+        if (seen >> j & 1) {
           values_[i][j] = __ldg(reinterpret_cast<const float*>(window_ + taps_.offsets[at + j]));
+        }
       }
     }
   }
@@ -145,7 +146,8 @@ class StemPixels {
   __device__ __forceinline__ unsigned inside(int at) const {
     unsigned result = 0;
     for (int j = 0; j < 8; ++j) {
-      const int row = row_ + (taps_.places[at + j] >> 16), column = column_ + (taps_.places[at + j] & 0xffff);
+      const int row = row_ + (taps_.places[at + j] >> 16);
+      const int column = column_ + (taps_.places[at + j] & 0xffff);
       if (row >= 0 && row < node_.height && column >= 0 && column < node_.width) result |= 1u << j;
     }
     return result;
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
 }
 
 template <typename Tile, bool kMapped>
-__global__ void __launch_bounds__(kPointwiseThreads, kMapped&& Tile::kWidth > 32 ? 1 : 2)
+__global__ void __launch_bounds__(kPointwiseThreads, kMapped ? Tile::kBlocks - 1 : Tile::kBlocks)
     stem_conv_kernel(const __grid_constant__ StemConv node, PixelGrid grid, int depth, int passes,
                      int weight_slots) {
   GREEDYNAS_DYNAMIC_SHARED(shared);
@@ -211,9 +213,10 @@ void strided_conv(const Group<StridedConv>& group, Stream stream) {
     using Tile = decltype(tile);
     const PipelinePlan plan = plan_pointwise<Tile>(depth);
     const int passes = ceil_div(row_channels(channels), Tile::kWidth);
-    const auto launch = [&](auto kernel) {
-      GREEDYNAS_LAUNCH(kernel, dim3(units * passes, group.count), dim3(kPointwiseThreads), plan.bytes, stream,
-                       group, grid, passes, plan.stages, plan.weight_slots);
+    const auto launch = [&](auto strided_conv_kernel_of_tile) {
+      GREEDYNAS_LAUNCH(strided_conv_kernel_of_tile, dim3(units * passes, group.count),
+                       dim3(kPointwiseThreads), plan.bytes, stream, group, grid, passes, plan.stages,
+                       plan.weight_slots);
     };
     if (node.out.affine) {
       launch(strided_conv_kernel<Tile, true>);
@@ -238,9 +241,9 @@ void stem_conv(const StemConv& node, Stream stream) {
       return 2 * Tile::kPixelBytes + slots * Tile::kWeightBytes + Tile::kStagedBytes + taps;
     };
     const int slots = bytes(chunks) <= 64 * 1024 ? chunks : 2;
-    const auto launch = [&](auto kernel) {
-      GREEDYNAS_LAUNCH(kernel, dim3(units * passes), dim3(kPointwiseThreads), bytes(slots), stream, node,
-                       grid, depth, passes, slots);
+    const auto launch = [&](auto stem_conv_kernel_of_tile) {
+      GREEDYNAS_LAUNCH(stem_conv_kernel_of_tile, dim3(units * passes), dim3(kPointwiseThreads), bytes(slots),
+                       stream, node, grid, depth, passes, slots);
     };
     if (node.out.affine) {
       launch(stem_conv_kernel<Tile, true>);
@@ -248,9 +251,7 @@ void stem_conv(const StemConv& node, Stream stream) {
       launch(stem_conv_kernel<Tile, false>);
     }
   };
-  const int row = row_channels(channels);
-  if (row <= 16) return with_tile(PointwiseTile<16, 32, 1>{});
-  if (row <= 32) return with_tile(PointwiseTile<32, 32, 1>{});
+  if (channels <= 32) return with_tile(PointwiseTile<32, 32, 1>{});
   with_tile(PointwiseTile<64, 32, 1>{});
 }
 

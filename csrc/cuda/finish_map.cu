@@ -45,9 +45,8 @@ __global__ void __launch_bounds__(kPlainThreads)
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (pixel + i * step < f.pixels) {
-        map[(pixel + i * step) * row] = finish(raw[i], residual ? &added[i] : nullptr);
-      }
+      if (pixel + i * step < f.pixels)
+        map[(pixel + i * step) * row] = finish(raw[i], residual != nullptr, added[i]);
     }
   }
 }
@@ -56,11 +55,16 @@ constexpr unsigned kOnes = 0x3f803f80u;  // bfloat16
 constexpr int kSweeps = 2;               // between two barriers
 constexpr int kStages = 3;               // of kSweeps sweeps each, all but one on the way
 
-// Shared memory of a block: stages of the map, then of the residual, then floats.
-int moments_bytes(const MomentsCut& cut, bool residual) {
-  const int stages = kStages * kSweeps * cut.threads() * 16;
-  return stages * (residual ? 2 : 1) + (kTile + 1) * cut.block_tiles * kTile * 4;
-}
+// Shared memory of a block: stages of the map, then of the residual, then pilots and samples. A pixel's row
+// has one vector more than channels need: rows of an 8x8 matrix have to lie in different banks.
+template <int kTiles>
+struct MomentsMemory {
+  static constexpr int kPitch = 2 * kTiles + 1, kSweep = moments_groups(kTiles) * kTile * kPitch;
+  static constexpr int kStage = kSweeps * kSweep, kAll = kStages * kStage;
+  static constexpr int bytes(bool residual) {
+    return kAll * 16 * (residual ? 2 : 1) + (1 + kTile) * kTiles * kTile * 4;
+  }
+};
 
 // Sixteen values near the mean of which nothing cancels: 0, or, where that is far, about their mean. It is a
 // bfloat16, so that distances from it mostly are, too.
@@ -77,60 +81,71 @@ __device__ __forceinline__ float pilot_of(const float* values, int stride) {
   return far ? low_bf16(pack_bf16(mean, 0.f)) : 0.f;  // not where they are not finite
 }
 
-// kPairs: the most products of a warp. kFinish: the map is still to be finished.
-template <int kPairs, bool kFinish, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+// What is still to be done to a map: nothing, all but an activation, all.
+enum Pass { kNothing, kAffine, kActivated };
+
+// Temporaries of activations cost registers.
+constexpr int blocks_of_pass(int tiles, Pass pass) {
+  return std::max(1, moments_blocks(tiles) - (pass == kActivated ? 1 : 0));
+}
+
+// Of a map of kTiles tiles; kNothing: of two windows of a map, of kTiles tiles together at most. kGroups
+// groups of warps take turns at sweeps of 16 pixels.
+template <int kTiles, Pass kPass>
+__global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles, kPass))
     moments_kernel(const __grid_constant__ Group<FinishMap> group, const MomentsCut cut) {
+  constexpr int kGroups = moments_groups(kTiles);
+  constexpr int kPairs =
+      kTiles / 2 + 1;  // of tiles; where their number is even, half of the warps have one less
   const FinishMap& f = group.nodes[blockIdx.y];
   const WindowPair windows = WindowPair::of(cut, blockIdx.z);
-  const int tiles = windows.tiles(), width = 2 * tiles, channels = kTile * tiles;
-  const int thread = threadIdx.x, lane = thread % 32, threads = blockDim.x;
+  const int tiles = kPass == kNothing ? windows.tiles() : kTiles, width = 2 * tiles, channels = kTile * tiles;
+  const int thread = threadIdx.x, lane = thread % 32;
   const int group_threads = 32 * tiles, my_group = thread / group_threads, of_group = thread % group_threads;
   // What a thread finishes: one vector of one pixel per sweep.
   const int sweep_pixel = of_group / width, local_vector = of_group % width;
   const int vector = windows.vector(local_vector);
-  const bool active = my_group < cut.groups;  // not all threads, where windows are smaller than others
+  const bool active = my_group < kGroups;  // not all threads, where windows are smaller than others
   const bool real = active && vector < cut.row;
 
-  const bool changes = kFinish && f.affine, adds = changes && f.residual;
+  const bool changes = kPass != kNothing && f.affine, adds = changes && f.residual;
   GREEDYNAS_DYNAMIC_SHARED(memory);
-  auto* stages = reinterpret_cast<uint4*>(memory);  // [kStages][kSweeps][threads]
-  auto* residual_stages = stages + kStages * kSweeps * threads;
-  auto* pilots = reinterpret_cast<float*>(residual_stages + (adds ? kStages * kSweeps * threads : 0));
+  using Memory = MomentsMemory<kTiles>;
+  auto* stages = reinterpret_cast<uint4*>(memory);  // [kStages][kSweeps][kGroups][kTile][kPitch]
+  auto* pilots = reinterpret_cast<float*>(stages + (adds ? 2 : 1) * Memory::kAll);
   float* values = pilots + channels;  // [kTile][channels]
-
-  // A group's sweep has rows of `width` vectors, which are exchanged by bits of the row: rows of an 8x8
-  // matrix have to lie in different banks.
-  const int bits = width % 8 == 0 ? 3 : width % 4 == 0 ? 2 : 1;
-  const auto place = [&](int row, int v) { return row * width + (v ^ ((row % 8) >> (3 - bits))); };
-  const int slot = my_group * group_threads + place(sweep_pixel, local_vector);
+  uint4* group_rows = stages + my_group * kTile * Memory::kPitch;
+  uint4* slot = group_rows + sweep_pixel * Memory::kPitch + local_vector;
 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * cut.chunk * cut.row + vector;
   const int pixels = cut.chunk_pixels(blockIdx.x);
   uint4* map = reinterpret_cast<uint4*>(f.map) + first;
   const uint4* residual = adds ? reinterpret_cast<const uint4*>(f.residual) + first : nullptr;
-  const auto pixel_of = [&](int sweep) { return (sweep * cut.groups + my_group) * kTile + sweep_pixel; };
-  const auto fetch = [&](int sweep, int stage) {
+  constexpr int kSweepPixels = kGroups * kTile, kStep = kSweeps * kSweepPixels;
+  const int first_pixel = my_group * kTile + sweep_pixel;
+  const auto fetch = [&](int pixel, int stage) {
 #pragma unroll
-    for (int i = 0; i < kSweeps; ++i) {
-      const int pixel = pixel_of(sweep + i);
+    for (int i = 0; i < kSweeps; ++i, pixel += kSweepPixels) {
       if (!real || pixel >= pixels) break;
-      const int64_t at = static_cast<int64_t>(pixel) * cut.row;
-      copy_async16(stages + (stage * kSweeps + i) * threads + slot, map + at);
-      if (adds) copy_async16(residual_stages + (stage * kSweeps + i) * threads + slot, residual + at);
+      const int at = pixel * cut.row;
+      uint4* to = slot + stage * Memory::kStage + i * Memory::kSweep;
+      copy_async16(to, map + at);
+      if (adds) copy_async16(to + Memory::kAll, residual + at);
     }
     commit_async();
   };
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage * kSweeps, stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(first_pixel + stage * kStep, stage);
 
-  const FinishVector finish(changes && real ? f.affine : nullptr, vector, cut.row, f.activation);
+  const FinishVector finish(changes && real ? f.affine : nullptr, vector, cut.row,
+                            kPass == kActivated ? f.activation : int{kLinear});
   if (active && my_group == 0) {
-    uint4 words{0, 0, 0, 0};
+    uint4 words{0, 0, 0, 0}, added = words;
     if (real) {
-      const int64_t at = static_cast<int64_t>(sweep_pixel) * pixels / kTile * cut.row;
+      const int at = sweep_pixel * pixels / kTile * cut.row;
       words = map[at];
-      if (changes) words = finish(words, adds ? residual + at : nullptr);
+      if (adds) added = residual[at];
+      if (changes) words = finish(words, adds, added);
     }
     float x[8];
     unpack(x, words);
@@ -149,51 +164,52 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   const int my_tile = of_group / 32;
-  const int my_pairs = active ? (tiles - 1) / 2 + 1 + (tiles % 2 == 0 && my_tile < tiles / 2) : 0;
-  const int matrix_row = lane / 16 * 8 + lane % 8, matrix_vector = lane / 8 % 2;
+  const auto tile_after = [&](int d) { return my_tile + d < tiles ? my_tile + d : my_tile + d - tiles; };
+  // The row that a lane points at: of pixels 0 to 7 and 8 to 15, channels 0 to 7, then 8 to 15, of tile 0.
+  const uint4* matrix_row = group_rows + lane % 16 * Memory::kPitch + lane / 16;
   float acc[kPairs][2][4] = {};  // of pair d: tile my_tile by half h of tile my_tile + d
   float sums[4] = {};            // of tile my_tile: its product with ones
   int stage = 0;
-  for (int sweep = 0; sweep * cut.groups * kTile < pixels; sweep += kSweeps) {
+  for (int done = 0; done < pixels; done += kStep) {
     wait_async<kStages - 2>();
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < kSweeps; ++i) {
-      const int pixel = pixel_of(sweep + i);
-      uint4* mine = stages + (stage * kSweeps + i) * threads + slot;
+      const int pixel = done + first_pixel + i * kSweepPixels;
+      uint4* mine = slot + stage * Memory::kStage + i * Memory::kSweep;
       uint4 distances{0, 0, 0, 0};
       if (real && pixel < pixels) {
         uint4 words = *mine;
         if (changes) {
-          words = finish(words, adds ? mine + kStages * kSweeps * threads : nullptr);
-          map[static_cast<int64_t>(pixel) * cut.row] = words;
+          uint4 added{0, 0, 0, 0};
+          if (adds) added = mine[Memory::kAll];
+          words = finish(words, adds, added);
+          map[pixel * cut.row] = words;
         }
         distances = {subtract_bf16(words.x, pilot[0]), subtract_bf16(words.y, pilot[1]),
                      subtract_bf16(words.z, pilot[2]), subtract_bf16(words.w, pilot[3])};
       }
       if (active) *mine = distances;
     }
-    if constexpr (kPairs == 1) {  // a warp is a group
+    if constexpr (kTiles == 1) {  // a warp is a group
       __syncwarp();
     } else {
       __syncthreads();
     }
-    fetch(sweep + (kStages - 1) * kSweeps, stage == 0 ? kStages - 1 : stage - 1);
+    fetch(done + first_pixel + (kStages - 1) * kStep, stage == 0 ? kStages - 1 : stage - 1);
+    if (active) {
 #pragma unroll
-    for (int i = 0; i < kSweeps; ++i) {
-      const uint4* rows = stages + (stage * kSweeps + i) * threads + my_group * group_threads;
-      unsigned a[4], b[4];
+      for (int i = 0; i < kSweeps; ++i) {
+        const uint4* rows = matrix_row + stage * Memory::kStage + i * Memory::kSweep;
+        unsigned b[4];
+        load_matrices_transposed(b, rows + 2 * my_tile);
+        const unsigned a[4] = {b[0], b[2], b[1], b[3]};
+        multiply_bf16(sums, a, kOnes, kOnes);
 #pragma unroll
-      for (int d = 0; d < kPairs; ++d) {
-        if (d >= my_pairs) break;
-        const int tile = my_tile + d < tiles ? my_tile + d : my_tile + d - tiles;
-        load_matrices_transposed(b, rows + place(matrix_row, 2 * tile + matrix_vector));
-        if (d == 0) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) a[j] = b[j];
-          multiply_bf16(sums, a, kOnes, kOnes);
+        for (int d = 0; d < kPairs; ++d) {
+          if (d > 0) load_matrices_transposed(b, rows + 2 * tile_after(d));
+          multiply_bf16(acc[d][0], a, b[0], b[1]);
+          multiply_bf16(acc[d][1], a, b[2], b[3]);
         }
-        multiply_bf16(acc[d][0], a, b[0], b[2]);
-        multiply_bf16(acc[d][1], a, b[1], b[3]);
       }
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -214,7 +230,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (my_group > 0) {
 #pragma unroll
       for (int d = 0; d < kPairs; ++d) {
-        if (d >= my_pairs) break;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float (&v)[4] = acc[d][h];
@@ -228,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const float share = 1.f / static_cast<float>(pixels);
   if (thread < channels) {
     float total = 0.f;
-    for (int g = 0; g < cut.groups; ++g) total += values[g * channels + thread];
+    for (int g = 0; g < kGroups; ++g) total += values[g * channels + thread];
     values[thread] = total;
     out[thread] = pilots[thread] + total * share;
   }
@@ -236,12 +251,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (my_group > 0) return;
 #pragma unroll
   for (int d = 0; d < kPairs; ++d) {
-    if (d >= my_pairs) break;
-    const int tile = my_tile + d < tiles ? my_tile + d : my_tile + d - tiles;
+    if (d > tiles / 2 || (2 * d == tiles && my_tile >= d)) break;  // pairs that another warp has, too
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float (&v)[4] = acc[d][h];
-      for (int g = 0; g < cut.groups - 1; ++g) {
+      for (int g = 0; g < kGroups - 1; ++g) {
         const float4 other = *exchanged(g, d, h);
         v[0] += other.x;
         v[1] += other.y;
@@ -249,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         v[3] += other.w;
       }
       const float* rows = values + kTile * my_tile + lane / 4;
-      const float* columns = values + kTile * tile + 8 * h + 2 * (lane % 4);
+      const float* columns = values + kTile * tile_after(d) + 8 * h + 2 * (lane % 4);
       const float low = rows[0] * share, high = rows[8] * share;
       float4* to = reinterpret_cast<float4*>(out + channels + (d * tiles + my_tile) * kTileFloats);
       to[32 * h + lane] = float4{v[0] - low * columns[0], v[1] - low * columns[1], v[2] - high * columns[0],
@@ -258,14 +272,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-constexpr int kJoinThreads = 512;
-constexpr int kJoinShare = kTileFloats / 32;  // blocks of a pair of tiles
+constexpr int kMaxJoinWarps = 32;
+constexpr int kJoinChunks = 8;                // of a warp, if there are that few
+constexpr int kJoinBatch = 4;                 // chunks that a warp has on the way
+constexpr int kJoinShare = kTileFloats / 64;  // blocks of a pair of tiles
 
-// Chunks' means and centred products -> mean and covariance. A warp takes 32 elements of every 16th chunk.
-__global__ void __launch_bounds__(kJoinThreads)
+// Chunks' means and centred products -> mean and covariance. A warp takes 64 elements, two to a lane, of
+// every chunk that is its turn.
+__global__ void __launch_bounds__(32 * kMaxJoinWarps)
     join_kernel(const __grid_constant__ Group<FinishMap> group, const MomentsCut cut) {
   const FinishMap& f = group.nodes[blockIdx.y];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   // Tiles are paired (0, 0), (0, 1), (1, 1), (0, 2), ...
   int a = blockIdx.x / kJoinShare, b = 0;
   while (a > b) a -= ++b;
@@ -279,9 +296,8 @@ __global__ void __launch_bounds__(kJoinThreads)
   const WindowPair windows(cut, u, v);
   const int tiles = windows.tiles();
   // Which of them was multiplied with the one `d` further.
-  int local_a = windows.local_tile(a), local_b = windows.local_tile(b);
-  int d = local_b - local_a + (local_b < local_a ? tiles : 0);
-  if (2 * d > tiles || (2 * d == tiles && local_a >= tiles / 2)) {
+  int local_a = windows.local_tile(a), local_b = windows.local_tile(b), d = local_b - local_a;
+  if (2 * d > tiles) {
     d = tiles - d;
     const int other = a, local_other = local_a;
     a = b;
@@ -290,46 +306,67 @@ __global__ void __launch_bounds__(kJoinThreads)
     local_b = local_other;
   }
 
-  const int element = blockIdx.x % kJoinShare * 32 + lane;  // of the tile, as mma leaves it
-  const int of_half = element % 128, row = of_half / 16 + of_half % 4 / 2 * 8,
-            column = element / 128 * 8 + of_half / 4 % 4 * 2 + of_half % 2;
+  // Elements (row, column) and (row, column + 1) of the tile, as mma leaves them.
+  const int element = blockIdx.x % kJoinShare * 64 + 2 * lane, of_half = element % 128;
+  const int row = of_half / 16 + of_half % 4 / 2 * 8, column = element / 128 * 8 + of_half / 4 % 4 * 2;
   const float* partials = f.partials + cut.place(0, WindowPair::index_of(cut, u, v));
   const int64_t step = cut.place(1, 0);
-  const float* means_a = partials + kTile * local_a + row;
-  const float* means_b = partials + kTile * local_b + column;
+  const float* mean_a = partials + kTile * local_a + row;
+  const float* mean_b = partials + kTile * local_b + column;
   const float* products = partials + kTile * tiles + (d * tiles + local_a) * kTileFloats + element;
-  const float pilot_a = *means_a, pilot_b = *means_b;
-  double sum = 0, sum_a = 0, sum_b = 0;
-  constexpr int kWarps = kJoinThreads / 32;
-#pragma unroll 4
-  for (int chunk = warp; chunk < cut.chunks; chunk += kWarps) {
-    const double count = cut.chunk_pixels(chunk);
-    const double from_a = static_cast<double>(means_a[chunk * step]) - pilot_a;
-    const double from_b = static_cast<double>(means_b[chunk * step]) - pilot_b;
-    sum += products[chunk * step] + count * from_a * from_b;
-    sum_a += count * from_a;
-    sum_b += count * from_b;
+  const double pilot_a = mean_a[0], pilot_b[2] = {mean_b[0], mean_b[1]};
+  double sum[2] = {}, sum_a = 0, sum_b[2] = {};
+  for (int first = warp; first < cut.chunks; first += kJoinBatch * warps) {
+    float2 product[kJoinBatch] = {}, of_b[kJoinBatch] = {};
+    float of_a[kJoinBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kJoinBatch; ++i) {
+      const int chunk = first + i * warps;
+      const int64_t at = chunk * step;
+      if (chunk >= cut.chunks) continue;
+      product[i] = *reinterpret_cast<const float2*>(products + at);
+      of_b[i] = *reinterpret_cast<const float2*>(mean_b + at);
+      of_a[i] = mean_a[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kJoinBatch; ++i) {  // all of them: a branch would let the loads wait for each other
+      const int chunk = first + i * warps;
+      const double count = chunk < cut.chunks ? cut.chunk_pixels(chunk) : 0;
+      const double from_a = count * (of_a[i] - pilot_a);
+      const double from_b[2] = {of_b[i].x - pilot_b[0], of_b[i].y - pilot_b[1]};
+      sum_a += from_a;
+      sum[0] += product[i].x + from_a * from_b[0];
+      sum[1] += product[i].y + from_a * from_b[1];
+      sum_b[0] += count * from_b[0];
+      sum_b[1] += count * from_b[1];
+    }
   }
-  GREEDYNAS_SHARED(double, sums, [kWarps][3][32]);
-  sums[warp][0][lane] = sum;
-  sums[warp][1][lane] = sum_a;
-  sums[warp][2][lane] = sum_b;
+  GREEDYNAS_DYNAMIC_SHARED(memory);
+  auto* sums = reinterpret_cast<double (*)[5][32]>(memory);  // of warps
+  sums[warp][0][lane] = sum[0];
+  sums[warp][1][lane] = sum[1];
+  sums[warp][2][lane] = sum_a;
+  sums[warp][3][lane] = sum_b[0];
+  sums[warp][4][lane] = sum_b[1];
   __syncthreads();
-  if (warp > 0) return;
-  for (int w = 1; w < kWarps; ++w) {
-    sum += sums[w][0][lane];
-    sum_a += sums[w][1][lane];
-    sum_b += sums[w][2][lane];
+  if (warp > 1) return;
+  // Two warps finish an element per lane.
+  const int half = warp;
+  double total[3] = {};
+  for (int w = 0; w < warps; ++w) {
+    total[0] += sums[w][half][lane];
+    total[1] += sums[w][2][lane];
+    total[2] += sums[w][3 + half][lane];
   }
   const auto pixels = static_cast<double>(cut.pixels);
-  const int i = kTile * a + row, j = kTile * b + column, stride = 8 * cut.row;
+  const int i = kTile * a + row, j = kTile * b + column + half, stride = 8 * cut.row;
   if (i >= stride || j >= stride || (a == b && i > j)) return;
-  double covariance = (sum - sum_a * sum_b / pixels) / pixels;
+  double covariance = (total[0] - total[1] * total[2] / pixels) / pixels;
   if (i == j && covariance < 0) covariance = 0;
-  if (i >= f.channels || j >= f.channels) covariance = 0;
+  if (i >= f.channels || j >= f.channels) covariance = 0;  // also by NaN
   f.covariance[static_cast<int64_t>(i) * stride + j] = static_cast<float>(covariance);
   f.covariance[static_cast<int64_t>(j) * stride + i] = static_cast<float>(covariance);
-  if (i == j) f.mean[i] = i < f.channels ? static_cast<float>(pilot_a + sum_a / pixels) : 0.f;
+  if (i == j) f.mean[i] = static_cast<float>(pilot_a + total[1] / pixels);
 }
 
 void finish_plainly(const Group<FinishMap>& group, Stream stream) {
@@ -342,35 +379,36 @@ void finish_plainly(const Group<FinishMap>& group, Stream stream) {
                    stream, group);
 }
 
+// kTiles: of cut.tiles, where there is one window.
+template <Pass kPass, int kTiles = 1>
+void launch_moments(const Group<FinishMap>& group, const MomentsCut& cut, bool residual, Stream stream) {
+  if constexpr (kPass != kNothing && kTiles < kMaxFusedTiles) {
+    if (cut.tiles > kTiles) return launch_moments<kPass, kTiles + 1>(group, cut, residual, stream);
+  }
+  const dim3 grid(cut.chunks, group.count, cut.window_pairs());
+  GREEDYNAS_LAUNCH((moments_kernel<kTiles, kPass>), grid, dim3(moments_threads(cut.block_tiles)),
+                   MomentsMemory<kTiles>::bytes(residual), stream, group, cut);
+}
+
 void take_moments(const Group<FinishMap>& group, Stream stream) {
   if (group.count == 0) return;
   const MomentsCut cut = cut_moments(group.nodes[0].pixels, group.nodes[0].channels);
-  bool residual = false;
-  for (int i = 0; i < group.count; ++i) residual |= group.nodes[i].residual != nullptr;
-  const dim3 grid(cut.chunks, group.count, cut.window_pairs());
-  const int bytes = moments_bytes(cut, residual && cut.windows == 1);
-  // Templates: products of a warp, threads, blocks of a multiprocessor.
-#define LAUNCH(pairs, finish, most, blocks)                                                                 \
-  GREEDYNAS_LAUNCH((moments_kernel<pairs, finish, most, blocks>), grid, dim3(cut.threads()), bytes, stream, \
-                   group, cut)
-  if (cut.windows > 1) {
-    LAUNCH(kMaxWindowTiles + 1, false, 64 * kMaxWindowTiles, 1);
-  } else if (cut.tiles == 1) {
-    LAUNCH(1, true, 256, 3);
-  } else if (cut.tiles <= 3) {
-    LAUNCH(2, true, 256, 3);
-  } else if (cut.tiles <= 5) {
-    LAUNCH(3, true, 256, 2);
-  } else if (cut.tiles == 6) {
-    LAUNCH(4, true, 192, 3);
-  } else if (cut.tiles <= 9) {
-    LAUNCH(5, true, 288, 1);
-  } else {
-    LAUNCH(kMaxFusedTiles / 2 + 1, true, 32 * kMaxFusedTiles, 1);
+  bool residual = false, activated = false;
+  for (int i = 0; i < group.count; ++i) {
+    residual |= group.nodes[i].residual != nullptr;
+    activated |= group.nodes[i].activation != kLinear;
   }
-#undef LAUNCH
-  GREEDYNAS_LAUNCH(join_kernel, dim3(cut.tile_pairs() * kJoinShare, group.count), dim3(kJoinThreads), 0,
-                   stream, group, cut);
+  if (cut.windows > 1) {
+    launch_moments<kNothing, 2 * kMaxWindowTiles>(group, cut, false, stream);
+  } else if (activated) {
+    launch_moments<kActivated>(group, cut, residual, stream);
+  } else {
+    launch_moments<kAffine>(group, cut, residual, stream);
+  }
+  const int join_warps = std::clamp(ceil_div(cut.chunks, kJoinChunks), 2, kMaxJoinWarps);
+  const int join_bytes = join_warps * 5 * 32 * static_cast<int>(sizeof(double));
+  GREEDYNAS_LAUNCH(join_kernel, dim3(cut.tile_pairs() * kJoinShare, group.count), dim3(32 * join_warps),
+                   join_bytes, stream, group, cut);
 }
 
 }  // namespace

@@ -32,32 +32,25 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint4& words) {
 
 // What becomes of 8 channels of a pixel. Maps are not multiplied by a factor, so that bounds are known.
 struct FinishVector {
-  float scale[8], shift[8], bound;
+  float scale[8], shift[8];
   int activation;
 
   // Vector `vector` of `row`; without an affine map nothing, which must not be called.
   __device__ __forceinline__ FinishVector(const float* affine, int vector, int row, int activation_of)
-      : scale{},
-        shift{},
-        bound(activation_of == kRelu6    ? 6.f
-              : activation_of == kHswish ? 1.f / 6.f
-                                         : 1.f),
-        activation(activation_of) {
+      : scale{}, shift{}, activation(activation_of) {
     if (!affine) return;
     load8(scale, affine + 8 * vector);
     load8(shift, affine + 8 * (row + vector));
   }
-  // `residual`: what is added, or null.
-  __device__ __forceinline__ uint4 operator()(const uint4& raw, const uint4* residual) const {
+  __device__ __forceinline__ uint4 operator()(const uint4& raw, bool adds, const uint4& residual) const {
     float x[8];
     unpack(x, raw);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = x[i] * scale[i] + shift[i];
-    const float bounds[8] = {bound, bound, bound, bound, bound, bound, bound, bound};
-    activate(x, activation, bounds);
-    if (residual) {
+    activate(x, activation, [](int, float plain) { return plain; });
+    if (adds) {
       float added[8];
-      unpack(added, *residual);
+      unpack(added, residual);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] += added[i];
     }
@@ -68,7 +61,7 @@ struct FinishVector {
 constexpr int kTile = 16;  // channels of a tile, pixels of a sweep
 constexpr int kTileFloats = kTile * kTile;
 constexpr int kMaxFusedTiles = 12;
-constexpr int kMaxWindowTiles = 8;
+constexpr int kMaxWindowTiles = 7;
 
 // How the moments of a map are cut: chunks of pixels, and windows of channels where a block cannot hold the
 // products of all of them.
@@ -78,10 +71,8 @@ struct MomentsCut {
   int tiles;                  // of 16 channels
   int windows, window_tiles;  // the last window may be smaller
   int block_tiles;            // the most that a block works on: those of two windows
-  int groups;                 // of block_tiles warps, that take turns at sweeps of 16 pixels
   int chunk, chunks;          // pixels of a block; blocks per pair of windows
 
-  int threads() const { return 32 * block_tiles * groups; }
   __device__ __host__ int window_pairs() const { return windows == 1 ? 1 : windows * (windows - 1) / 2; }
   __device__ __host__ int tile_pairs() const { return tiles * (tiles + 1) / 2; }
   // A block's part of `partials`: means of its channels; products, tile by tile, as mma leaves them.
@@ -97,9 +88,17 @@ struct MomentsCut {
   }
 };
 
+constexpr int moments_groups(int block_tiles) { return std::max(1, 8 / block_tiles); }
+constexpr int moments_threads(int block_tiles) { return 32 * block_tiles * moments_groups(block_tiles); }
+// Blocks of a multiprocessor, as registers allow.
+constexpr int moments_blocks(int block_tiles) {
+  constexpr int kBlocks[] = {3, 3, 4, 2, 3, 3, 2, 2};
+  return block_tiles <= 8 ? kBlocks[block_tiles - 1] : 1;
+}
+
 inline MomentsCut cut_moments(int64_t pixels, int channels) {
   constexpr int64_t kLongest = 64;  // sweeps of a chunk: tensor cores truncate, sums must not become long
-  constexpr int64_t kShare = 4;     // partial sums are at most a quarter of the map
+  constexpr int64_t kShare = 2;     // partial sums are at most half of the map
   MomentsCut cut{};
   cut.pixels = pixels;
   cut.row = row_channels(channels) / 8;
@@ -107,12 +106,14 @@ inline MomentsCut cut_moments(int64_t pixels, int channels) {
   cut.windows = cut.tiles <= kMaxFusedTiles ? 1 : ceil_div(cut.tiles, kMaxWindowTiles);
   cut.window_tiles = ceil_div(cut.tiles, cut.windows);
   cut.block_tiles = std::min(cut.tiles, 2 * cut.window_tiles);
-  cut.groups = std::max(1, 8 / cut.block_tiles);
-  const int64_t sweep = kTile * cut.groups, sweep_bytes = sweep * cut.row * 16;
-  const int64_t filling = pixels / (4 * multiprocessors() * sweep);  // four blocks per multiprocessor
-  const int64_t least = ceil_div(kShare * 4 * cut.floats() * cut.window_pairs(), sweep_bytes);
-  cut.chunk = static_cast<int>(std::max(std::min(filling, kLongest), least) * sweep);
-  cut.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div(pixels, int64_t{cut.chunk})));
+  const int64_t sweep = kTile * moments_groups(cut.block_tiles), sweeps = ceil_div(pixels, sweep);
+  // As many blocks as run at a time, or a multiple of that.
+  const int64_t at_a_time =
+      std::max(1, multiprocessors() * moments_blocks(cut.block_tiles) / cut.window_pairs());
+  const int64_t filling = ceil_div(sweeps, at_a_time * ceil_div(sweeps, at_a_time * kLongest));
+  const int64_t least = ceil_div(kShare * 4 * cut.floats() * cut.window_pairs(), sweep * cut.row * 16);
+  cut.chunk = static_cast<int>(std::max(filling, least) * sweep);
+  cut.chunks = static_cast<int>(ceil_div(pixels, int64_t{cut.chunk}));
   return cut;
 }
 

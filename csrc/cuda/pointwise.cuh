@@ -240,6 +240,8 @@ struct PointwiseTile {
   static constexpr int kDown = kPointwiseThreads / 32 / kAcross;
   static constexpr int kRowTiles = kTilePixels / (16 * kDown), kColumnTiles = kWidth / (8 * kAcross);
   static_assert(kAcross == 1 || kColumnTiles % 2 == 0);
+  // Blocks that a multiprocessor has registers for.
+  static constexpr int kBlocks = kWidth <= 32 ? 3 : kAcross == 1 ? 2 : 1;
   static constexpr int kPixelBytes = kTilePixels * kChunk * 2;
   static constexpr int kWeightBytes = round_up(kWidth, 16) * kChunk * 2;  // weights are read by 16 rows
 
@@ -346,6 +348,7 @@ class PointwiseEnd {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x & 31;
     return (warp % Tile::kAcross * Tile::kColumnTiles + n) * 8 + lane % 4 * 2;
   }
+
   __device__ __forceinline__ void multiply_by_factor(Sums& sums) const {
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
@@ -405,7 +408,7 @@ class PointwiseEnd {
     const int column = static_cast<int>(threadIdx.x) % Tile::kPieces * 8;
     const int thread_row = static_cast<int>(threadIdx.x) / Tile::kPieces;
     if (thread_row >= Tile::kCopiedRows || first_column_ + column >= stride_) return;
-#pragma unroll kMapped ? 1 : 2
+#pragma unroll 1
     for (int row = thread_row; row < min(kRows, rows); row += Tile::kCopiedRows) {
       store(row, column, pixel_of(first_row + row, m) * stride_ + first_column_ + column);
     }
@@ -432,14 +435,16 @@ class PointwiseEnd {
           load8(shift, affine + stride_);
           load8(bound, affine + 2 * stride_);
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
+          for (int i = 0; i < 8; ++i) {
             values[i] = activate<kActivation>(fmaf(from[i], scale[i], shift[i]), bound[i]);
+          }
           if (out_.residual) {
             const uint4 added = *reinterpret_cast<const uint4*>(out_.residual + first * stride_ + at);
             const unsigned pair[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
+            for (int i = 0; i < 8; ++i) {
               values[i] += i % 2 == 0 ? low_bf16(pair[i / 2]) : high_bf16(pair[i / 2]);
+            }
           }
           *reinterpret_cast<uint4*>(y + at) =
               uint4{pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
@@ -534,12 +539,9 @@ __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* we
 }
 
 template <typename Tile>
-PipelinePlan plan_pointwise(int depth, std::size_t other_bytes = 0) {
+PipelinePlan plan_pointwise(int depth) {
   return plan_pipeline(ceil_div(depth, Tile::kChunk), Tile::kPixelBytes, Tile::kWeightBytes,
-                       Tile::kStagedBytes + other_bytes,
-                       Tile::kWidth <= 40   ? 3
-                       : Tile::kWidth <= 96 ? 2
-                                            : 1);
+                       Tile::kStagedBytes, Tile::kBlocks);
 }
 
 // Which pieces of a tile's pixels are a thread's: those of rows kStep apart.

@@ -68,8 +68,8 @@ class ProjectPixels {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 d = __half22float2(as_half2(pair[i]));
-        const float low = fmaf(d.x, scale[2 * i], shift[2 * i]),
-                    high = fmaf(d.y, scale[2 * i + 1], shift[2 * i + 1]);
+        const float low = fmaf(d.x, scale[2 * i], shift[2 * i]);
+        const float high = fmaf(d.y, scale[2 * i + 1], shift[2 * i + 1]);
         if constexpr (kActivation == kRelu) {
           pair[i] = pack_half_relu(low, high);
         } else if constexpr (kActivation == kRelu6) {  // bounds are exact in half precision
@@ -106,7 +106,7 @@ class ProjectPixels {
 };
 
 template <typename Tile, bool kMapped>
-__global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= (kMapped ? 40 : 96) ? 2 : 1)
+__global__ void __launch_bounds__(kPointwiseThreads, Tile::kBlocks)
     project_kernel(const __grid_constant__ Group<Project> group, int passes, int stages, int weight_slots) {
   GREEDYNAS_DYNAMIC_SHARED(shared);
   const Project& node = group.nodes[blockIdx.y];
@@ -134,9 +134,9 @@ void project(const Group<Project>& group, Stream stream) {
     using Tile = decltype(tile);
     const PipelinePlan plan = plan_pointwise<Tile>(depth);
     const int passes = ceil_div(row_channels(channels), Tile::kWidth);
-    const auto launch = [&](auto kernel) {
-      GREEDYNAS_LAUNCH(kernel, dim3(units * passes, group.count), dim3(kPointwiseThreads), plan.bytes, stream,
-                       group, passes, plan.stages, plan.weight_slots);
+    const auto launch = [&](auto project_kernel_of_tile) {
+      GREEDYNAS_LAUNCH(project_kernel_of_tile, dim3(units * passes, group.count), dim3(kPointwiseThreads),
+                       plan.bytes, stream, group, passes, plan.stages, plan.weight_slots);
     };
     if (group.nodes[0].out.affine) {
       launch(project_kernel<Tile, true>);

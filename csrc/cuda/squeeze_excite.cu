@@ -51,7 +51,7 @@ __device__ __forceinline__ void sum_pixels(const Squeeze& s, const uint4* d, con
         u[2 * j] = values.x * scale[2 * j] + shift[2 * j];
         u[2 * j + 1] = values.y * scale[2 * j + 1] + shift[2 * j + 1];
       }
-      activate(u, kActivation, bound);
+      activate(u, kActivation, [&](int j, float) { return bound[j]; });
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] += u[j];
     }
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant
   for (int r = 0; r < rows; ++r) total += sums[8 * cut.width * r + thread];
   const float factor = s.factor ? s.factor[c] : 1.f;
   s.pooled[static_cast<int64_t>(image) * row_floats + c] =
-      c < s.channels ? total / (static_cast<float>(s.image_pixels) * factor) : 0.f;
+      total / (static_cast<float>(s.image_pixels) * factor);
 }
 
 }  // namespace

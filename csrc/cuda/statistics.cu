@@ -13,150 +13,188 @@
 namespace greedynas::cuda {
 namespace {
 
-// Of values multiplied by `stored`; mean and variance are not.
+// What a channel's BatchNorm does, fetched before it is needed.
 struct Channel {
-  double mean, variance;
-  float stored;
+  float gamma = 0.f, beta = 0.f, factor = 1.f;
+  float stored = 1.f;  // what its values were multiplied by, a power of two
+
+  __device__ __forceinline__ Channel(const BatchNorm& norm, const float* stored_factor, int c, int channels) {
+    if (c >= channels) return;
+    gamma = norm.gamma[c];
+    beta = norm.beta[c];
+    if (norm.factor) factor = norm.factor[c];
+    if (stored_factor) stored = stored_factor[c];
+  }
+  // mean, variance: not multiplied.
+  __device__ __forceinline__ void write(double mean, double variance, float eps, int activation, int c,
+                                        int channels, float* affine, float* keep) const {
+    const int row = row_channels(channels);
+    if (c >= channels) {
+      affine[c] = affine[row + c] = affine[2 * row + c] = 0.f;
+      if (keep) keep[c] = keep[row + c] = 0.f;
+      return;
+    }
+    if (variance < 0) variance = 0;
+    const double slope = gamma / sqrt(variance + eps);
+    affine[c] = static_cast<float>(factor * slope * (1.f / stored));
+    affine[row + c] = static_cast<float>(factor * (beta - mean * slope));
+    affine[2 * row + c] = activation == kRelu6    ? 6.f * factor
+                          : activation == kHswish ? 1.f / (6.f * factor)
+                          : activation == kSilu   ? 1.f / factor
+                                                  : 0.f;
+    if (keep) {
+      keep[c] = static_cast<float>(mean);
+      keep[row + c] = static_cast<float>(variance);
+    }
+  }
 };
-
-__device__ __forceinline__ float bound_of(int activation, float factor) {
-  if (activation == kRelu6) return 6.f * factor;
-  if (activation == kHswish) return 1.f / (6.f * factor);
-  if (activation == kSilu) return 1.f / factor;
-  return 0.f;
-}
-
-__device__ __forceinline__ void write_channel(const BatchNorm& norm, int activation, int channels, int c,
-                                              const Channel& of, float* affine, float* keep) {
-  const int row = row_channels(channels);
-  float mean = 0.f, variance = 0.f, scale = 0.f, shift = 0.f, bound = 0.f;
-  if (c < channels) {
-    const float factor = norm.factor ? norm.factor[c] : 1.f;
-    const double clamped = of.variance < 0 ? 0 : of.variance;
-    const double slope = norm.gamma[c] / sqrt(clamped + norm.eps);
-    mean = static_cast<float>(of.mean);
-    variance = static_cast<float>(clamped);
-    scale = static_cast<float>(factor * slope / of.stored);
-    shift = static_cast<float>(factor * (norm.beta[c] - of.mean * slope));
-    bound = bound_of(activation, factor);
-  }
-  affine[c] = scale;
-  affine[row + c] = shift;
-  affine[2 * row + c] = bound;
-  if (keep) {
-    keep[c] = mean;
-    keep[row + c] = variance;
-  }
-}
 
 constexpr int kSlice = 8;          // channels of a block
 constexpr int kNormThreads = 512;  // two to a unit
-constexpr int kBatch = 4;          // units that a thread has on the way
+constexpr int kBatch = 4;          // units that a thread has on the way, and sums up in float
 
 struct Sums {
   double count = 0, sum = 0, squares = 0;
+
+  __device__ __forceinline__ void add(const Sums& other) {
+    count += other.count;
+    sum += other.sum;
+    squares += other.squares;
+  }
+  __device__ __forceinline__ Sums of_lane(int distance) const {
+    Sums result;
+    result.count = __shfl_xor_sync(~0u, count, distance);
+    result.sum = __shfl_xor_sync(~0u, sum, distance);
+    result.squares = __shfl_xor_sync(~0u, squares, distance);
+    return result;
+  }
 };
 
-__device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+// Four channels of kBatch units: pilots, sums, squares, counts.
+struct Units {
+  float4 rows[kBatch][4];
 
-// A unit's sums, brought to a pilot that all units share.
-__device__ __forceinline__ void join(Sums& to, float shared_pilot, float pilot, float sum, float squares,
-                                     float count) {
-  if (!(count > 0.f)) return;
-  const double distance = static_cast<double>(pilot) - shared_pilot;
-  to.count += count;
-  to.sum += sum + count * distance;
-  to.squares += squares + distance * (2 * static_cast<double>(sum) + count * distance);
-}
+  __device__ __forceinline__ void load(const float* partials, int row, int unit, int units) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int u = unit + i * kNormThreads / 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        rows[i][j] = float4{0.f, 0.f, 0.f, 0.f};
+        if (u < units) {
+          rows[i][j] = *reinterpret_cast<const float4*>(partials + (int64_t{4} * u + j) * row);
+        }
+      }
+    }
+  }
+  // The sums of one of the channels, from a pilot that all units share.
+  __device__ __forceinline__ Sums joined(float float4::* channel, float shared_pilot) const {
+    float count = 0.f, sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float n = rows[i][3].*channel;
+      const bool some = n > 0.f;
+      const float distance = some ? rows[i][0].*channel - shared_pilot : 0.f;
+      const float own = some ? rows[i][1].*channel : 0.f, moved = own + n * distance;
+      count += some ? n : 0.f;
+      sum += moved;
+      squares += (some ? rows[i][2].*channel : 0.f) + distance * (own + moved);
+    }
+    Sums result;
+    result.count = count;
+    result.sum = sum;
+    result.squares = squares;
+    return result;
+  }
+};
 
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constant__ Group<NormAffine> group) {
   const NormAffine& n = group.nodes[blockIdx.y];
   const int row = row_channels(n.channels), first = blockIdx.x * kSlice, thread = threadIdx.x;
   if (first >= row) return;
+  const int c = first + thread % kSlice;
+  const Channel channel(n.norm, n.stored_factor, c, n.channels);
   if (n.mean) {
-    const int c = first + thread;
     if (thread >= kSlice) return;
-    const float stored = n.stored_factor ? n.stored_factor[c] : 1.f;
-    write_channel(n.norm, n.activation, n.channels, c, {n.mean[c], n.variance[c], stored}, n.affine, n.keep);
+    channel.write(n.mean[c], n.variance[c], n.norm.eps, n.activation, c, n.channels, n.affine, n.keep);
     return;
   }
 
   const int units = n.units, lane = thread % 32, warp = thread / 32;
   const float* partials = n.partials + first + 4 * (thread % 2);
-  const int64_t unit_floats = int64_t{4} * row;
-  float pilot[4] = {};  // of the first unit; 0, which is far at worst, if that is empty
-  if (units > 0) {
-    const float4 first_pilot = load4(partials), first_count = load4(partials + 3 * row);
-    pilot[0] = first_count.x > 0.f ? first_pilot.x : 0.f;
-    pilot[1] = first_count.y > 0.f ? first_pilot.y : 0.f;
-    pilot[2] = first_count.z > 0.f ? first_pilot.z : 0.f;
-    pilot[3] = first_count.w > 0.f ? first_pilot.w : 0.f;
+  Units loaded;
+  loaded.load(partials, row, thread / 2, units);
+  GREEDYNAS_SHARED(float4, pilots, [kSlice / 4]);
+  if (thread < kSlice / 4) {  // of the first unit that is not empty
+    float4 pilot = loaded.rows[0][0];
+    if (!(loaded.rows[0][3].x > 0.f)) {
+      int unit = 1;
+      while (unit < units && !(partials[(int64_t{4} * unit + 3) * row] > 0.f)) ++unit;
+      if (unit < units) pilot = *reinterpret_cast<const float4*>(partials + int64_t{4} * unit * row);
+    }
+    pilots[thread] = pilot;
   }
+  __syncthreads();
+  const float4 pilot = pilots[thread % 2];
   Sums sums[4];
-  for (int unit = thread / 2; unit < units; unit += kBatch * kNormThreads / 2) {
-    float4 loaded[kBatch][4] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int u = unit + i * kNormThreads / 2;
-      if (u >= units) break;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) loaded[i][j] = load4(partials + u * unit_floats + j * row);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const auto& v = loaded[i];
-      join(sums[0], pilot[0], v[0].x, v[1].x, v[2].x, v[3].x);
-      join(sums[1], pilot[1], v[0].y, v[1].y, v[2].y, v[3].y);
-      join(sums[2], pilot[2], v[0].z, v[1].z, v[2].z, v[3].z);
-      join(sums[3], pilot[3], v[0].w, v[1].w, v[2].w, v[3].w);
-    }
+  for (int unit = thread / 2; unit < units;) {
+    sums[0].add(loaded.joined(&float4::x, pilot.x));
+    sums[1].add(loaded.joined(&float4::y, pilot.y));
+    sums[2].add(loaded.joined(&float4::z, pilot.z));
+    sums[3].add(loaded.joined(&float4::w, pilot.w));
+    unit += kBatch * kNormThreads / 2;
+    if (unit < units) loaded.load(partials, row, unit, units);
   }
 
+  // Half of the lanes go on with two of the channels, half of those with one.
+  const bool upper = lane & 16, odd = lane & 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Sums given = upper ? sums[i] : sums[2 + i];
+    if (upper) sums[i] = sums[2 + i];
+    sums[i].add(given.of_lane(16));
+  }
+  const Sums given = odd ? sums[0] : sums[1];
+  Sums total = odd ? sums[1] : sums[0];
+  total.add(given.of_lane(8));
+  total.add(total.of_lane(4));
+  total.add(total.of_lane(2));
   constexpr int kWarps = kNormThreads / 32;
   GREEDYNAS_SHARED(double, of_warps, [kWarps][3][kSlice]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    Sums& s = sums[i];
-#pragma unroll
-    for (int distance = 2; distance < 32; distance *= 2) {
-      s.count += __shfl_xor_sync(~0u, s.count, distance);
-      s.sum += __shfl_xor_sync(~0u, s.sum, distance);
-      s.squares += __shfl_xor_sync(~0u, s.squares, distance);
-    }
-    if (lane < 2) {
-      of_warps[warp][0][4 * lane + i] = s.count;
-      of_warps[warp][1][4 * lane + i] = s.sum;
-      of_warps[warp][2][4 * lane + i] = s.squares;
-    }
-  }
-  GREEDYNAS_SHARED(float, pilots, [kSlice]);
-  if (thread < 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pilots[4 * thread + i] = pilot[i];
+  if ((lane & 6) == 0) {
+    const int place = 4 * (lane % 2) + 2 * upper + odd;
+    of_warps[warp][0][place] = total.count;
+    of_warps[warp][1][place] = total.sum;
+    of_warps[warp][2][place] = total.squares;
   }
   __syncthreads();
   if (thread >= kSlice) return;
-  Sums total;
+  total = Sums();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     total.count += of_warps[w][0][thread];
     total.sum += of_warps[w][1][thread];
     total.squares += of_warps[w][2][thread];
   }
-  const int c = first + thread;
-  const float stored = n.stored_factor ? n.stored_factor[c] : 1.f;
-  const double distance = total.sum / total.count;
-  const double variance = total.squares / total.count - distance * distance;
-  write_channel(n.norm, n.activation, n.channels, c,
-                {(pilots[thread] + distance) / stored, variance / (double{stored} * stored), stored},
-                n.affine, n.keep);
+  const double share = 1 / total.count, unstored = 1.f / channel.stored;
+  const double distance = total.sum * share, variance = total.squares * share - distance * distance;
+  channel.write((reinterpret_cast<const float*>(pilots)[thread] + distance) * unstored,
+                variance * unstored * unstored, n.norm.eps, n.activation, c, n.channels, n.affine, n.keep);
 }
 
 constexpr int kRows = 32;  // output channels of a block
-constexpr int kPointwiseThreads = 256;
-constexpr int kAhead = 3;  // tiles of the covariance that a warp has on the way
+constexpr int kPointwiseThreads = 512;
+constexpr int kAhead = 4;  // tiles of the covariance that a warp has on the way
 
-int pointwise_bytes(int in_channels) { return kRows * (round_up(in_channels, 16) + 8) * 2; }
+// Words of a row of weights in shared memory: 8 bytes of each of four rows have to lie in different banks.
+__device__ __host__ constexpr int weight_pitch(int depth) {
+  return depth / 2 % 16 == 8 ? depth / 2 : depth / 2 + 8;
+}
+// Shared memory: weights, and the mean.
+int pointwise_bytes(int in_channels) {
+  const int depth = round_up(in_channels, 16);
+  return 4 * (kRows * weight_pitch(depth) + depth);
+}
 
 // 16 x 16 tiles on and above the diagonal of a symmetric matrix: column by column, down to the diagonal.
 struct Tile {
@@ -174,19 +212,18 @@ struct Tile {
   }
 };
 
-// Two operands B (device.h): [columns 8h and up][pair of rows, b0 or b1].
+// A tile's columns 8h + lane / 4, rows 4 (lane % 4) and three more: operands B (device.h), if the rows are
+// taken in another order than they have, which sums do not mind.
 struct Covariances {
-  float2 pair[2][2];
-  __device__ void load(const float* covariance, int row_floats, const Tile& at, int lane) {
+  float4 rows[2];
+  __device__ __forceinline__ void load(const float* covariance, int floats, const Tile& at, int lane) {
+    const int row = 16 * at.row + 4 * (lane % 4);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = 16 * at.column + 8 * h, row = 16 * at.row + 8 * half;
-        pair[h][half] = float2{0.f, 0.f};
-        if (column >= row_floats || row >= row_floats) continue;
-        pair[h][half] = *reinterpret_cast<const float2*>(
-            covariance + static_cast<int64_t>(column + lane / 4) * row_floats + row + 2 * (lane % 4));
+      const int column = 16 * at.column + 8 * h + lane / 4;
+      rows[h] = float4{0.f, 0.f, 0.f, 0.f};
+      if (column < floats && row < floats) {
+        rows[h] = *reinterpret_cast<const float4*>(covariance + static_cast<int64_t>(column) * floats + row);
       }
     }
   }
@@ -195,12 +232,12 @@ struct Covariances {
 // x = high + middle + low
 struct Split {
   unsigned high, middle, low;
-  __device__ explicit Split(float2 x) {
-    high = pack_bf16(x.x, x.y);
-    x.x -= low_bf16(high);
-    x.y -= high_bf16(high);
-    middle = pack_bf16(x.x, x.y);
-    low = pack_bf16(x.x - low_bf16(middle), x.y - high_bf16(middle));
+  __device__ __forceinline__ Split(float x, float y) {
+    high = pack_bf16(x, y);
+    x -= low_bf16(high);
+    y -= high_bf16(high);
+    middle = pack_bf16(x, y);
+    low = pack_bf16(x - low_bf16(middle), y - high_bf16(middle));
   }
 };
 
@@ -209,42 +246,14 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   const PointwiseAffine& p = group.nodes[blockIdx.y];
   const int row = row_channels(p.channels), first = blockIdx.x * kRows;
   if (first >= row) return;
-  const int in = row_channels(p.in_channels), depth = round_up(in, 16), pitch = depth + 8;
+  const int in = row_channels(p.in_channels), depth = round_up(in, 16), pitch = weight_pitch(depth);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   constexpr int kWarps = kPointwiseThreads / 32;
-
-  GREEDYNAS_DYNAMIC_SHARED(memory);
-  auto* weight = reinterpret_cast<uint16_t*>(memory);  // [kRows][pitch]
-  for (int i = thread; i < kRows * depth / 8; i += kPointwiseThreads) {
-    const int r = i / (depth / 8), k = i % (depth / 8) * 8;
-    uint4 value{0, 0, 0, 0};
-    if (first + r < row && k < in) {
-      value = *reinterpret_cast<const uint4*>(p.weight + static_cast<int64_t>(first + r) * in + k);
-    }
-    *reinterpret_cast<uint4*>(weight + r * pitch + k) = value;
-  }
-  __syncthreads();
-
-  const auto pair_of = [&](int r, int k) {
-    return *reinterpret_cast<const unsigned*>(weight + r * pitch + k);
-  };
-  GREEDYNAS_SHARED(double, means, [kRows]);
-  for (int r = warp; r < kRows; r += kWarps) {
-    double sum = 0;
-    for (int k = 2 * lane; k < in; k += 64) {
-      const unsigned w = pair_of(r, k);
-      sum += static_cast<double>(low_bf16(w)) * p.mean[k];
-      sum += static_cast<double>(high_bf16(w)) * p.mean[k + 1];
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    if (lane == 0) means[r] = sum;
-  }
+  const int c = first + thread % kRows;
+  const Channel channel(p.norm, nullptr, c, p.channels);
 
   const int columns = depth / 16, tiles = columns * (columns + 1) / 2;
   const int begin = tiles * warp / kWarps, end = tiles * (warp + 1) / kWarps;
-  double variance[2][2] = {};  // of rows 16m + lane / 4 and 8 further
-  float acc[2][2][4] = {};     // W S, rows 16m and up, columns 8h and up
   Tile at(begin), next(begin);
   Covariances loaded[kAhead];
 #pragma unroll
@@ -253,6 +262,23 @@ __global__ void __launch_bounds__(kPointwiseThreads)
     loaded[i].load(p.covariance, in, next, lane);
     next.advance();
   }
+
+  GREEDYNAS_DYNAMIC_SHARED(memory);
+  auto* weight = reinterpret_cast<unsigned*>(memory);  // [kRows][pitch], pairs
+  auto* mean = reinterpret_cast<float*>(weight + kRows * pitch);
+  for (int i = thread; i < kRows * depth / 8; i += kPointwiseThreads) {
+    const int r = i / (depth / 8), k = i % (depth / 8) * 8;
+    uint4 value{0, 0, 0, 0};
+    if (first + r < row && k < in) {
+      value = *reinterpret_cast<const uint4*>(p.weight + static_cast<int64_t>(first + r) * in + k);
+    }
+    *reinterpret_cast<uint4*>(weight + r * pitch + k / 2) = value;
+  }
+  for (int k = thread; k < in; k += kPointwiseThreads) mean[k] = p.mean[k];
+  __syncthreads();
+
+  double variance[2][2] = {};  // of rows 16m + lane / 4 and 8 further
+  float acc[2][2][4] = {};     // W S, rows 16m and up, columns 8h and up
   for (int tile = begin; tile < end; tile += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -265,20 +291,27 @@ __global__ void __launch_bounds__(kPointwiseThreads)
       unsigned a[2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        load_matrices(a[m], weight + (16 * m + lane % 16) * pitch + 16 * at.row + lane / 16 * 8);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const unsigned* pairs =
+              weight + (16 * m + 8 * half + lane / 4) * pitch + 8 * at.row + 2 * (lane % 4);
+          const float2 two = *reinterpret_cast<const float2*>(pairs);
+          a[m][half] = __float_as_uint(two.x);
+          a[m][2 + half] = __float_as_uint(two.y);
+        }
       }
       const float twice = at.row < at.column ? 2.f : 1.f;  // for the tile below the diagonal
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Split b0(now.pair[h][0]), b1(now.pair[h][1]);
+        const Split b0(now.rows[h].x, now.rows[h].y), b1(now.rows[h].z, now.rows[h].w);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          float c[4];  // tensor cores truncate: they sum up one tile only
-          multiply_bf16_first(c, a[m], b0.low, b1.low);
-          multiply_bf16(c, a[m], b0.middle, b1.middle);
-          multiply_bf16(c, a[m], b0.high, b1.high);
+          float sum[4];  // tensor cores truncate: they sum up one tile only
+          multiply_bf16_first(sum, a[m], b0.low, b1.low);
+          multiply_bf16(sum, a[m], b0.middle, b1.middle);
+          multiply_bf16(sum, a[m], b0.high, b1.high);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[m][h][e] += twice * c[e];
+          for (int e = 0; e < 4; ++e) acc[m][h][e] += twice * sum[e];
         }
       }
       if (at.row == at.column || tile + i + 1 == end) {
@@ -290,7 +323,7 @@ __global__ void __launch_bounds__(kPointwiseThreads)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const unsigned w =
-                  pair_of(16 * m + 8 * half + lane / 4, 16 * at.column + 8 * h + 2 * (lane % 4));
+                  weight[(16 * m + 8 * half + lane / 4) * pitch + 8 * at.column + 4 * h + lane % 4];
               sum += acc[m][h][2 * half] * low_bf16(w) + acc[m][h][2 * half + 1] * high_bf16(w);
               acc[m][h][2 * half] = acc[m][h][2 * half + 1] = 0.f;
             }
@@ -302,6 +335,18 @@ __global__ void __launch_bounds__(kPointwiseThreads)
     }
   }
 
+  GREEDYNAS_SHARED(double, means, [kRows]);
+  for (int r = warp; r < kRows; r += kWarps) {
+    double sum = 0;
+    for (int pair = lane; 2 * pair < in; pair += 32) {
+      const unsigned w = weight[r * pitch + pair];
+      sum += static_cast<double>(low_bf16(w)) * mean[2 * pair];
+      sum += static_cast<double>(high_bf16(w)) * mean[2 * pair + 1];
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    if (lane == 0) means[r] = sum;
+  }
   GREEDYNAS_SHARED(double, of_warps, [kWarps][kRows]);
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -314,12 +359,11 @@ __global__ void __launch_bounds__(kPointwiseThreads)
     }
   }
   __syncthreads();
-  if (thread >= kRows || first + thread >= row) return;
+  if (thread >= kRows || c >= row) return;
   double sum = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += of_warps[w][thread];
-  write_channel(p.norm, p.activation, p.channels, first + thread, {means[thread], sum, 1.f}, p.affine,
-                p.keep);
+  channel.write(means[thread], sum, p.norm.eps, p.activation, c, p.channels, p.affine, p.keep);
 }
 
 // The most blocks that a node needs.
