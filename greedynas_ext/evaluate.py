@@ -145,7 +145,7 @@ def evaluate_paths(
         )
     else:
         engine_type = CudaEngine if where.type == "cuda" else FusedEngine
-        engine = engine_type(described, trie, kind, bn, label_smoothing, max_memory)
+        engine = engine_type(described, trie, kind, bn, label_smoothing, max_memory, profile)
 
     if calibration is not None:
         engine.check_values("calibration", calibration, None)

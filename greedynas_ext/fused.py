@@ -113,8 +113,10 @@ class FusedEngine:
         bn: str,
         label_smoothing: float,
         max_memory: int | None,
+        profile: bool,
     ) -> None:
         module = self._module()
+        self._profiled = profile
         self._fused, self._trie, self._bn = fused, trie, bn
         self._label_smoothing, self._max_memory = label_smoothing, max_memory
         self._dtype = _DTYPES[precision]

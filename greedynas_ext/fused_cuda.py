@@ -105,12 +105,15 @@ class CudaEngine(FusedEngine):
             before = self._event()
             while (stage := self._evaluation.advance()) >= 0:
                 after = self._event()
-                self._events.append((stage, before, after))
+                if after is not None:
+                    self._events.append((stage, before, after))
                 before = after
                 safe_point()
         return losses, correct
 
     def _event(self) -> Any:
+        if not self._profiled:
+            return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
