@@ -253,9 +253,10 @@ class FusedEngine:
 
         self.traversal = "depth-first"
         if budget is None:
-            budget = self._free_memory()
-        if budget is None:
-            return orders["depth-first"], 1
+            free = self._free_memory()
+            if free > 0 and needed("layer-by-layer", count) <= free:
+                self.traversal = "layer-by-layer"
+            return orders[self.traversal], 1
         for traversal in ("layer-by-layer", "depth-first"):
             if needed(traversal, count) <= budget:
                 self.traversal = traversal
@@ -272,9 +273,9 @@ class FusedEngine:
             advice = "; fewer images, or micro_batch=, which changes the statistics, need less"
         raise ValueError(f"max_memory: expected at least {smallest} bytes for these paths, got {budget}{advice}")
 
-    def _free_memory(self) -> int | None:
-        """What `max_memory` is where nobody says it; None: depth-first, whatever it needs."""
-        return None
+    def _free_memory(self) -> int:
+        """Within which layer by layer is worth it where nobody says `max_memory`: on a CPU it never is."""
+        return 0
 
 
 def fused_precision(dtype: torch.dtype | None, precision: str | None, device: str) -> str:

@@ -47,7 +47,6 @@ class CudaEngine(FusedEngine):
         self._packed = self._memory(self._evaluation.packed_bytes)
         with self._on_device():
             self._evaluation.pack(self._packed.data_ptr(), self._stream())
-        self._classifier = [self._fused.head.weight, self._fused.head.bias]
         self._kept = rows.kept
         self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._found: list[tuple[str, int, Tensor]] = []
@@ -127,7 +126,7 @@ class CudaEngine(FusedEngine):
             calls[stage] += 1
         return [(time, number, 0) for time, number in zip(seconds, calls, strict=True)]
 
-    def _free_memory(self) -> int | None:
+    def _free_memory(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return (free + reserved) // 2

@@ -14,6 +14,10 @@
 
 namespace greedynas::cuda {
 
+// Pieces of memory begin at multiples of this many bytes.
+inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, int64_t{256}) * 256; }
+inline bool of_batch(Statistics s) { return s == Statistics::kBatch || s == Statistics::kCapture; }
+
 struct Batch {
   const float* images;
   int64_t count, height, width;

@@ -106,7 +106,8 @@ inline MomentsCut cut_moments(int64_t pixels, int channels) {
   cut.windows = cut.tiles <= kMaxFusedTiles ? 1 : ceil_div(cut.tiles, kMaxWindowTiles);
   cut.window_tiles = ceil_div(cut.tiles, cut.windows);
   cut.block_tiles = std::min(cut.tiles, 2 * cut.window_tiles);
-  const int64_t sweep = kTile * moments_groups(cut.block_tiles), sweeps = ceil_div(pixels, sweep);
+  const int64_t sweep = kTile * moments_groups(cut.block_tiles);
+  const int64_t sweeps = std::max<int64_t>(1, ceil_div(pixels, sweep));
   // As many blocks as run at a time, or a multiple of that.
   const int64_t at_a_time =
       std::max(1, multiprocessors() * moments_blocks(cut.block_tiles) / cut.window_pairs());

@@ -7,8 +7,6 @@ namespace {
 
 const float* floats(const void* p) { return static_cast<const float*>(p); }
 
-int int_of(int64_t value) { return static_cast<int>(value); }
-
 // Gives away pieces of memory, one after the other; with no memory it counts.
 class Pieces {
  public:

@@ -9,6 +9,8 @@
 
 namespace greedynas::cuda {
 
+inline int int_of(int64_t value) { return static_cast<int>(value); }
+
 // Addresses are null until the weights are packed, and where the operation has no such part.
 struct PackedOperation {
   OperationSource source;

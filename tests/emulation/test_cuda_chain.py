@@ -61,8 +61,8 @@ class EmulatedEngine(CudaEngine):
     def _event(self) -> Any:
         return None
 
-    def _free_memory(self) -> int | None:
-        return None
+    def _free_memory(self) -> int:
+        return 0
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def run(cuda, *cases):
     cuda.synchronize()
 
 
-# Sweeps have 16 pixels, of up to 8 groups of warps; chunks under emulation 256 or more.
+# Sweeps have 16 pixels, of up to 8 groups of warps; chunks, under emulation, 128 or more.
 @pytest.mark.parametrize("pixels", [1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1000])
 def test_pixels(cuda, pixels):
     case = Case(cuda, torch.Generator().manual_seed(pixels), pixels, 16, activation=pixels % 5)
