@@ -191,7 +191,7 @@ def _description(
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
     if device.type == "cuda" and not isinstance(described, str):
-        return unsupported(described) or described
+        return unsupported(described, device) or described
     return described
 
 

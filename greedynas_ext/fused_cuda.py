@@ -14,25 +14,28 @@ from torch import Tensor
 
 from greedynas_ext import _library, arguments
 from greedynas_ext.fused import FusedEngine, _Rows
-from greedynas_ext.fused_chain import FusedChain
+from greedynas_ext.fused_chain import FusedChain, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import InvertedBottleneckWeights
 
-_KERNELS = (3, 5, 7)
 
-
-def unsupported(fused: FusedChain) -> str | None:
-    """Why the CUDA kernels cannot evaluate what the CPU's can; None where they can."""
-    for place, block in [*fused.operations.items(), *(((-1, n), block) for n, block in enumerate(fused.stem.blocks))]:
-        if isinstance(block, InvertedBottleneckWeights) and (
-            block.depthwise.shape[2] not in _KERNELS or block.stride > 2
-        ):
-            name = "supernet.stem" if place[0] < 0 else f"supernet.choices[{place[0]}][{place[1]}]"
-            return (
-                f"{name}: a depthwise convolution with kernel {block.depthwise.shape[2]} and stride {block.stride} "
-                f"(the CUDA kernels have 3, 5, 7 and 1, 2)"
-            )
+def unsupported(fused: FusedChain, device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot evaluate on `device` what the CPU's can; None where they can."""
+    parts: list[tuple[str, object]] = [("supernet.stem", block) for block in fused.stem.blocks]
+    parts += [(f"supernet.choices[{layer}][{op}]", part) for (layer, op), part in fused.operations.items()]
+    most = _most_inputs(device)
+    for place, part in parts:
+        if isinstance(part, InvertedBottleneckWeights):
+            into = operation_shape(part)[0]
+            if into > most:
+                return f"{place}: {into} input channels (on this GPU the CUDA kernels take {most})"
     return None
+
+
+def _most_inputs(device: torch.device) -> int:
+    """Input channels of an expansion for which a block's shared memory is known to suffice."""
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return 1024 if shared >= 227 * 1024 else 400
 
 
 class CudaEngine(FusedEngine):

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from greedynas import Supernet
 from greedynas.layers import Layer, Operation
 from greedynas.spaces import Space
-from greedynas_ext import _library, evaluate, evaluate_paths
+from greedynas_ext import _library, evaluate, evaluate_paths, fused_cuda
+from greedynas_ext.arguments import Chain
+from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.fused_cuda import CudaEngine
+from greedynas_ext.plan import Trie
 
 
 def make_net(operations: str, activation: str = "relu6", seed: int = 0) -> Supernet:
@@ -232,3 +235,14 @@ def test_weights_scaled_by_batch_norm_away(on_device: Any) -> None:
                 if isinstance(module, nn.Conv2d):
                     module.weight.mul_(factor)
         check(on_device(scaled, paths, images, targets, per_image=True), expected)
+
+
+def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, net = torch.device("cpu"), make_net("e3k3")
+    described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
+    assert isinstance(described, FusedChain)
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: 28)
+    assert fused_cuda.unsupported(described, device) is None
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: 16)
+    reason = fused_cuda.unsupported(described, device)
+    assert reason == "supernet.choices[1][0]: 20 input channels (on this GPU the CUDA kernels take 16)"
