@@ -26,7 +26,9 @@ def unsupported(fused: FusedChain, device: torch.device) -> str | None:
     most = _most_inputs(device)
     for place, part in parts:
         if isinstance(part, InvertedBottleneckWeights):
-            into = operation_shape(part)[0]
+            into, _, stride = operation_shape(part)
+            if stride > 2:
+                return f"{place}: stride {stride} (the CUDA kernels have 1 and 2)"
             if into > most:
                 return f"{place}: {into} input channels (on this GPU the CUDA kernels take {most})"
     return None

@@ -237,6 +237,18 @@ def test_weights_scaled_by_batch_norm_away(on_device: Any) -> None:
         check(on_device(scaled, paths, images, targets, per_image=True), expected)
 
 
+def test_a_stride_of_three_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, net = torch.device("cpu"), make_net("e3k3")
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: 400)
+    for module in net.choices[2].modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.stride = (3, 3)
+    described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
+    assert isinstance(described, FusedChain)
+    reason = fused_cuda.unsupported(described, device)
+    assert reason == "supernet.choices[2][0]: stride 3 (the CUDA kernels have 1 and 2)"
+
+
 def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device, net = torch.device("cpu"), make_net("e3k3")
     described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
