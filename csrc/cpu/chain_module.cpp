@@ -35,7 +35,7 @@ std::unique_ptr<ChainEvaluation> make_evaluation(const Rows& rows, const Doubles
 
 PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
   module.doc() = "Evaluation of supernet chains by fused CPU kernels.";
-  py::enum_<Statistics>(module, "Statistics")
+  py::enum_<Statistics>(module, "Statistics", py::module_local())
       .value("BATCH", Statistics::kBatch)
       .value("CAPTURE", Statistics::kCapture)
       .value("RUNNING", Statistics::kRunning)

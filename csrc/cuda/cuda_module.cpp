@@ -28,7 +28,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.doc() = "Evaluation of supernet chains by fused CUDA kernels.";
   py::module_ kernels = module.def_submodule("kernels", "The kernels one by one (csrc/cuda/kernels.h).");
   bind_kernels(kernels);
-  py::enum_<Statistics>(module, "Statistics")
+  py::enum_<Statistics>(module, "Statistics", py::module_local())
       .value("BATCH", Statistics::kBatch)
       .value("CAPTURE", Statistics::kCapture)
       .value("RUNNING", Statistics::kRunning)
