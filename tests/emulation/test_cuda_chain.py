@@ -258,3 +258,8 @@ def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: 16)
     reason = fused_cuda.unsupported(described, device)
     assert reason == "supernet.choices[1][0]: 20 input channels (on this GPU the CUDA kernels take 16)"
+
+
+def test_both_native_modules_are_loaded_at_once(cuda: Any) -> None:
+    """They bind types of the same names."""
+    assert _library.require_chain().Statistics.BATCH is not cuda.module.Statistics.BATCH
