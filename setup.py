@@ -77,7 +77,6 @@ def main() -> None:
     import pybind11
     import torch
     from setuptools import Extension, setup
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     decision = decide_cuda(
         os.environ,
@@ -88,9 +87,11 @@ def main() -> None:
     print(f"greedynas_ext: CUDA part {'built' if decision.build else 'left out'}: {decision.reason}", flush=True)
 
     flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
-    # Warnings in torch's own headers are not ours to mend.
-    from torch.utils.cpp_extension import include_paths
+    if decision.build:  # torch looks at it when its module is imported
+        os.environ.setdefault("CUDA_HOME", cuda_home(find_nvcc()))
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
+    # Warnings in torch's own headers are not ours to mend.
     system_headers = [flag for path in include_paths() for flag in ("-isystem", path)]
 
     def sources(*patterns: str) -> list[str]:
@@ -115,7 +116,6 @@ def main() -> None:
 
     modules = [ops, plan]
     if decision.build:
-        os.environ.setdefault("CUDA_HOME", cuda_home(find_nvcc()))
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         modules.append(
