@@ -2,8 +2,8 @@
 
 Run: make gpu-check     (a quarter of an hour; python bench/gpu_check.py [--output FILE.json] [--quick] [--dry-run])
 
-1. The tests of the kernels (tests/emulation) on the GPU.
-2. The same under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, without the largest cases.
+1. The tests of the kernels (tests/emulation, less those of the emulation itself) on the GPU.
+2. The same under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, to the first failure.
 3. Each kernel by itself (bench/gpu_kernels.py), and `evaluate_paths` against PyTorch's loops, eager and compiled per
    block (bench/gpu.py): 10 paths, 1,000 images of 224x224.
 
@@ -33,7 +33,11 @@ from greedynas_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-_TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/emulation"]
+_OF_THE_EMULATION = ("test_emulator.py", "test_sanitized.py")
+_TESTS = [
+    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/emulation"),
+    *(f"--ignore=tests/emulation/{name}" for name in _OF_THE_EMULATION),
+]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,8 @@ def steps(folder: Path, quick: bool) -> list[Step]:
     result = [Step("tests", _TESTS, 900, environment=on_gpu)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None and not quick:
-        small = ["-m", "not slow", "-k", "not large", "-x"]
         result += [
-            Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *_TESTS, *small], 1200, environment=on_gpu)
+            Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *_TESTS, "-x"], 1200, environment=on_gpu)
             for tool in SANITIZERS
         ]
     python = sys.executable

@@ -35,7 +35,7 @@ _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}  # of images and weights handed over
 
 
-class _Rows:
+class Rows:
     """Descriptions as csrc/cpu/chain_module.cpp reads them, and the tensors whose addresses stand in them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -125,7 +125,7 @@ class FusedEngine:
         self._resolution = (0, 0)
         self.traversal, self.split = "depth-first", 1
 
-        rows = _Rows(self._dtype)
+        rows = Rows(self._dtype)
         rows.convolution(fused.stem.conv, fused.stem.stride, fused.stem.activation, fused.stem.bn)
         rows.convolution(fused.head.conv, 1, fused.head.activation, fused.head.bn)
         for block in fused.stem.blocks:
@@ -150,7 +150,7 @@ class FusedEngine:
     def _module(self) -> Any:
         return _library.require_chain()
 
-    def _pack(self, rows: _Rows) -> None:
+    def _pack(self, rows: Rows) -> None:
         """Copies the weights: nothing of the supernet is held."""
         self._evaluation.pack()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from greedynas_ext import _library, arguments
-from greedynas_ext.fused import FusedEngine, _Rows
+from greedynas_ext.fused import FusedEngine, Rows
 from greedynas_ext.fused_chain import FusedChain, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import InvertedBottleneckWeights
@@ -46,7 +46,7 @@ class CudaEngine(FusedEngine):
     def _module(self) -> Any:
         return _library.require_cuda()
 
-    def _pack(self, rows: _Rows) -> None:
+    def _pack(self, rows: Rows) -> None:
         # The kernels read the weights when the stream gets there; memory that is freed before stays the stream's.
         self._device = rows.kept[0].device
         self._packed = self._memory(self._evaluation.packed_bytes)
