@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from greedynas_ext import ops, reference
 from greedynas_ext.arguments import SupernetLike
-from greedynas_ext.evaluate import PathEvaluation, evaluate_paths
+from greedynas_ext.evaluate import evaluate_paths
 from greedynas_ext.fused import release_memory
 from greedynas_ext.plan import EvaluationPlan
+from greedynas_ext.prepared import PreparedEvaluation, prepare_paths
+from greedynas_ext.results import PathEvaluation
 from greedynas_ext.runner import StageProfile
 
 try:
@@ -21,10 +23,12 @@ except PackageNotFoundError:  # imported from a checkout that is not installed
 __all__ = [
     "EvaluationPlan",
     "PathEvaluation",
+    "PreparedEvaluation",
     "StageProfile",
     "SupernetLike",
     "evaluate_paths",
     "ops",
+    "prepare_paths",
     "reference",
     "release_memory",
 ]

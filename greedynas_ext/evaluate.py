@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from greedynas_ext import arguments, ops
+from greedynas_ext import arguments
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.fused_cuda import CudaEngine, unsupported
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.module_engine import ModuleEngine
-from greedynas_ext.plan import EvaluationPlan, Trie
-from greedynas_ext.runner import StageProfile
-
-
-@dataclass(frozen=True)
-class PathEvaluation:
-    """What `evaluate_paths` found for m paths on N images.
-
-    Attributes:
-        losses: [m] mean cross-entropy in nats; float64 for a float64 supernet, else float32.
-        accuracy: [m] fraction of images whose class has the highest logit, same dtype.
-        top_k: int64 [k] indices of the paths of lowest loss, lowest first; None without `k`.
-        image_losses: [m, N] loss of each image, on request.
-        plan: what was computed, and what sharing prefixes saved.
-        statistics: in words, which statistics the batch normalisations used.
-        profile: time, operations and bytes by stage, on request.
-    """
-
-    losses: Tensor
-    accuracy: Tensor
-    top_k: Tensor | None
-    image_losses: Tensor | None
-    plan: EvaluationPlan
-    statistics: str
-    profile: tuple[StageProfile, ...] | None
+from greedynas_ext.plan import Trie
+from greedynas_ext.results import PathEvaluation, Sums, result_of
 
 
 def evaluate_paths(
@@ -119,16 +94,10 @@ def evaluate_paths(
     chain = Chain.of(supernet)
     checked_paths = arguments.check_paths(paths, chain)
     arguments.check_top_k(k, len(checked_paths))
-    arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
-    arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
-    arguments.check_positive("max_memory", max_memory)
+    check_options(bn, calibration, label_smoothing, precision, max_memory)
     arguments.check_positive("micro_batch", micro_batch)
-    arguments.check_fraction("label_smoothing", label_smoothing)
     modules = chain.modules_of(checked_paths)
-    device, dtype = _device_and_dtype(modules)
-    if (calibration is not None) != (bn == "recalibrated"):
-        came = "None" if calibration is None else "a value"
-        raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
+    device, dtype = device_and_dtype(modules)
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
@@ -136,7 +105,7 @@ def evaluate_paths(
     engine: FusedEngine | ModuleEngine
     where = device or torch.device("cpu")
     kind = fused_precision(dtype, precision, where.type)
-    described = _description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
+    described = description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
@@ -144,44 +113,33 @@ def evaluate_paths(
             chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, reason=described
         )
     else:
-        engine_type = CudaEngine if where.type == "cuda" else FusedEngine
-        engine = engine_type(described, trie, kind, bn, label_smoothing, max_memory, profile)
+        engine = fused_engine(described, trie, where, kind, bn, label_smoothing, max_memory, profile)
 
     if calibration is not None:
         engine.check_values("calibration", calibration, None)
         engine.calibrate(calibration)
-    sums = _Sums(trie, per_image)
+    sums = Sums(trie, per_image)
     for batch_images, batch_targets in arguments.iterate_batches(images, targets, device, engine.check_values):
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             sums.sizes += engine.evaluate(*part, sums.add)
-    losses, accuracy, image_losses = sums.means()
-    engine.check()
-    per_layer = trie.nodes_per_layer()
-    plan = EvaluationPlan(
-        len(checked_paths),
-        trie.num_layers,
-        sum(per_layer),
-        per_layer,
-        engine.traversal,
-        *engine.macs(),
-        engine.split,
-        engine.kernels,
-    )
-    return PathEvaluation(
-        losses,
-        accuracy,
-        _top_k(losses, k),
-        image_losses,
-        plan,
-        _statistics_in_words(bn, engine.needs_batch, sums.sizes, micro_batch),
-        engine.profile(sum(sums.sizes)) if profile else None,
-    )
+    return result_of(trie, engine, sums, k=k, bn=bn, micro_batch=micro_batch, profile=profile)
 
 
-def _description(
-    chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device
-) -> FusedChain | str:
+def check_options(
+    bn: object, calibration: object, label_smoothing: object, precision: object, max_memory: object
+) -> None:
+    """Raises TypeError and ValueError for what an evaluation cannot be asked for."""
+    arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
+    arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
+    arguments.check_positive("max_memory", max_memory)
+    arguments.check_fraction("label_smoothing", label_smoothing)
+    if (calibration is not None) != (bn == "recalibrated"):
+        came = "None" if calibration is None else "a value"
+        raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
+
+
+def description(chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
     reason = refused(images, kind, device)
     if reason is not None:
@@ -195,69 +153,25 @@ def _description(
     return described
 
 
-def _device_and_dtype(modules: Sequence[nn.Module]) -> tuple[torch.device | None, torch.dtype | None]:
+def fused_engine(
+    described: FusedChain,
+    trie: Trie,
+    device: torch.device,
+    precision: str,
+    bn: str,
+    label_smoothing: float,
+    max_memory: int | None,
+    profile: bool,
+) -> FusedEngine:
+    """The engine of the device."""
+    engine_type = CudaEngine if device.type == "cuda" else FusedEngine
+    return engine_type(described, trie, precision, bn, label_smoothing, max_memory, profile)
+
+
+def device_and_dtype(modules: Sequence[nn.Module]) -> tuple[torch.device | None, torch.dtype | None]:
     """Of the first floating parameter or buffer; None where there is none."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 return tensor.device, tensor.dtype
     return None, None
-
-
-class _Sums:
-    """What the engine finds for each leaf of the trie, summed over images on their device."""
-
-    def __init__(self, trie: Trie, per_image: bool) -> None:
-        self._trie, self._per_image = trie, per_image
-        self._losses: dict[int, Tensor] = {}
-        self._correct: dict[int, Tensor] = {}
-        self._image_losses: dict[int, list[Tensor]] = {}  # only on request
-        self._dtype = torch.float32
-        self.sizes: list[int] = []  # of the parts of batches
-
-    def add(self, leaves: Sequence[int], image_losses: Tensor, correct: Tensor) -> None:
-        """`image_losses` [leaves, n] and `correct` [leaves] of n images."""
-        self._dtype = image_losses.dtype
-        totals = image_losses.double().sum(1)
-        for position, leaf in enumerate(leaves):
-            if self._per_image:
-                self._image_losses.setdefault(leaf, []).append(image_losses[position])
-            self._losses[leaf] = self._losses.get(leaf, 0) + totals[position]
-            self._correct[leaf] = self._correct.get(leaf, 0) + correct[position]
-
-    def means(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Losses [m], accuracy [m], and, on request, losses of images [m, N]."""
-        leaves = self._trie.leaf_of_path
-        count = sum(self.sizes)
-        losses = (torch.stack([self._losses[leaf] for leaf in leaves]) / count).to(self._dtype)
-        accuracy = (torch.stack([self._correct[leaf] for leaf in leaves]).double() / count).to(self._dtype)
-        image_losses = None
-        if self._per_image:
-            image_losses = torch.stack([torch.cat(self._image_losses[leaf]) for leaf in leaves])
-        return losses, accuracy, image_losses
-
-
-def _top_k(losses: Tensor, k: int | None) -> Tensor | None:
-    if k is None:
-        return None
-    finite = int(torch.isfinite(losses).sum())
-    if finite < k:
-        warnings.warn(
-            f"evaluate_paths: only {finite} of {len(losses)} paths have a finite loss, fewer than k={k}; "
-            f"top_k names others after them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return ops.select_top_k(losses, k)
-
-
-def _statistics_in_words(bn: str, needs_batch: bool, sizes: Sequence[int], micro_batch: int | None) -> str:
-    if bn == "recalibrated":
-        return "constants from the calibration images"
-    if bn == "running" and not needs_batch:
-        return "running statistics"
-    distinct = sorted(set(sizes))
-    span = str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"
-    why = "" if micro_batch is None else f" (micro_batch={micro_batch})"
-    text = f"batch statistics of {span} images at a time{why}"
-    return text if bn == "batch" else f"running statistics; where none are stored, {text}"

@@ -32,40 +32,87 @@ from greedynas_ext.runner import StageProfile
 OnScores: TypeAlias = Callable[[Sequence[int], Tensor, Tensor], None]
 
 _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
+_SHAPE_COLUMNS = 10  # of a row, before the addresses
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}  # of images and weights handed over
 
 
 class Rows:
-    """Descriptions as csrc/cpu/chain_module.cpp reads them, and the tensors whose addresses stand in them."""
+    """Descriptions as csrc/cpu/chain_module.cpp reads them, and the tensors whose addresses stand in them.
+
+    Attributes:
+        kept: the tensors.
+        weight: address of the classifier's weight.
+        bias: of its bias, or 0.
+    """
+
+    weight: int
+    bias: int
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self.kept: list[Tensor] = []
-        self.rows: list[list[int]] = []
-        self.eps: list[tuple[float, ...]] = []
+        self._sources: list[Any] = []  # where each tensor's values come from
+        self._converted: list[tuple[Tensor, Tensor]] = []
+        self._rows: list[list[int]] = []
+        self._eps: list[tuple[float, ...]] = []
 
-    def address(self, tensor: Tensor | None) -> int:
+    @classmethod
+    def of(cls, fused: FusedChain, dtype: torch.dtype) -> Rows:
+        """Stem, head, the stem's blocks and the operations; then the classifier's addresses, `weight` and `bias`."""
+        rows = cls(dtype)
+        rows._convolution(fused.stem.conv, fused.stem.stride, fused.stem.activation, fused.stem.bn)
+        rows._convolution(fused.head.conv, 1, fused.head.activation, fused.head.bn)
+        for operation in (*fused.stem.blocks, *fused.operations.values()):
+            rows._operation(operation)
+        rows.weight, rows.bias = rows._address(fused.head.weight), rows._address(fused.head.bias)
+        return rows
+
+    def arrays(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """int64 [operations, columns], and eps float64 [operations, 3]."""
+        return np.array(self._rows, dtype=np.int64), np.array(self._eps, dtype=np.float64)
+
+    def hold(self) -> None:
+        """Keeps the memory that is read now, whatever becomes of the parameters' .data."""
+        self.kept = [tensor.detach() for tensor in self.kept]
+
+    def refresh(self) -> None:
+        """Converts once more what had to be converted."""
+        with torch.no_grad():
+            for source, converted in self._converted:
+                converted.copy_(source)
+
+    def reads_what(self, other: Rows) -> bool:
+        """Whether both are of the same operations on the same memory."""
+        shapes = [[row[:_SHAPE_COLUMNS] for row in rows._rows] for rows in (self, other)]
+        return shapes[0] == shapes[1] and (self._eps, self._sources) == (other._eps, other._sources)
+
+    def _address(self, tensor: Tensor | None) -> int:
         """Of the tensor's values, contiguous and of the dtype that the kernels read; 0 for None."""
         if tensor is None:
             return 0
         if tensor.dtype != self._dtype or not tensor.is_contiguous():
-            tensor = tensor.detach().to(self._dtype).contiguous()
+            source = tensor.detach()
+            tensor = source.to(self._dtype, memory_format=torch.contiguous_format, copy=True)
+            self._converted.append((source, tensor))
+            self._sources.append((source.data_ptr(), source.dtype, source.stride()))
+        else:
+            self._sources.append(tensor.data_ptr())
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def convolution(self, weight: Tensor, stride: int, activation: str, bn: BatchNormWeights) -> None:
+    def _convolution(self, weight: Tensor, stride: int, activation: str, bn: BatchNormWeights) -> None:
         """A dense convolution with BatchNorm."""
         out, into, kernel = weight.shape[0], weight.shape[1], weight.shape[2] if weight.dim() == 4 else 1
         shape = [KINDS["conv_bn"], into, 0, out, kernel, stride, ACTIVATIONS[activation], 0, 0, 0]
         self._add(shape, [None] * 6 + [weight], (None, None, bn))
 
-    def operation(self, operation: OperationWeights) -> None:
+    def _operation(self, operation: OperationWeights) -> None:
         """A choice."""
         into, out, stride = operation_shape(operation)
         if isinstance(operation, IdentityWeights):
             self._add([KINDS["identity"], into, 0, out, 1, 1, 0, 0, 0, 0], [None] * 7, (None, None, None))
         elif isinstance(operation, ConvBNWeights):
-            self.convolution(operation.weight, stride, operation.activation, operation.bn)
+            self._convolution(operation.weight, stride, operation.activation, operation.bn)
         else:
             self._bottleneck(operation)
 
@@ -85,12 +132,12 @@ class Rows:
     def _add(
         self, shape: list[int], weights: Sequence[Tensor | None], norms: Sequence[BatchNormWeights | None]
     ) -> None:
-        row = [*shape, *map(self.address, weights)]
+        row = [*shape, *map(self._address, weights)]
         for norm in norms:
             parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            row += map(self.address, parts)
-        self.rows.append(row)
-        self.eps.append(tuple(0.0 if norm is None else norm.eps for norm in norms))
+            row += map(self._address, parts)
+        self._rows.append(row)
+        self._eps.append(tuple(0.0 if norm is None else norm.eps for norm in norms))
 
 
 class FusedEngine:
@@ -125,34 +172,43 @@ class FusedEngine:
         self._resolution = (0, 0)
         self.traversal, self.split = "depth-first", 1
 
-        rows = Rows(self._dtype)
-        rows.convolution(fused.stem.conv, fused.stem.stride, fused.stem.activation, fused.stem.bn)
-        rows.convolution(fused.head.conv, 1, fused.head.activation, fused.head.bn)
-        for block in fused.stem.blocks:
-            rows.operation(block)
+        self._rows = Rows.of(fused, self._dtype)
+        operations, eps = self._rows.arrays()
         numbers = {key: number for number, key in enumerate(fused.operations)}
-        for operation in fused.operations.values():
-            rows.operation(operation)
         nodes = [(node.layer, numbers[node.layer, node.op], node.parent) for node in trie.nodes]
         self._evaluation: Any = module.ChainEvaluation(
-            np.array(rows.rows, dtype=np.int64),
-            np.array(rows.eps, dtype=np.float64),
+            operations,
+            eps,
             len(fused.stem.blocks),
             np.array(nodes, dtype=np.int32),
-            rows.address(fused.head.weight),
-            rows.address(fused.head.bias),
+            self._rows.weight,
+            self._rows.bias,
             fused.head.weight.shape[0],
             precision,
         )
-        self._pack(rows)
+        self._chosen: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._pack()
         self.kernels = f"fused, {self._evaluation.kernels}"
 
     def _module(self) -> Any:
         return _library.require_chain()
 
-    def _pack(self, rows: Rows) -> None:
-        """Copies the weights: nothing of the supernet is held."""
+    def _pack(self) -> None:
+        """Copies the weights."""
         self._evaluation.pack()
+
+    def hold_weights(self) -> None:
+        """From now on pack_again() reads the memory where the weights are now."""
+        self._rows.hold()
+
+    def pack_again(self) -> None:
+        """Copies the weights as they are now; evaluations that follow are of them."""
+        self._rows.refresh()
+        self._pack()
+
+    def reads_what(self, fused: FusedChain) -> bool:
+        """Whether `fused` describes the operations, on the same memory, that this engine was made for."""
+        return self._rows.reads_what(Rows.of(fused, self._dtype))
 
     def calibrate(self, images: Tensor) -> None:
         """One pass whose batch statistics become the constants of each node."""
@@ -244,27 +300,31 @@ class FusedEngine:
         return losses, correct
 
     def _choose(self, argument: str, images: Tensor, statistics: Any) -> tuple[np.ndarray[Any, Any], int]:
-        """Steps of the traversal, and in how many parts the images fit into `max_memory`."""
-        budget, count = self._max_memory, len(images)
+        """Steps of the traversal, and in how many parts the images fit into `max_memory`; once for a size of images."""
+        key = (argument, len(images), self._resolution, statistics)
+        if key not in self._chosen:
+            self._chosen[key] = self._fitting(argument, len(images), statistics)
+        self.traversal, parts = self._chosen[key]
+        return self._trie.step_array(self.traversal), parts
+
+    def _fitting(self, argument: str, count: int, statistics: Any) -> tuple[str, int]:
+        budget = self._max_memory
         orders = {name: self._trie.step_array(name) for name in ("depth-first", "layer-by-layer")}
 
         def needed(traversal: str, images_at_once: int) -> int:
             return int(self._evaluation.needed_bytes(orders[traversal], images_at_once, *self._resolution, statistics))
 
-        self.traversal = "depth-first"
         if budget is None:
             free = self._free_memory()
-            if free > 0 and needed("layer-by-layer", count) <= free:
-                self.traversal = "layer-by-layer"
-            return orders[self.traversal], 1
+            fits = free > 0 and needed("layer-by-layer", count) <= free
+            return "layer-by-layer" if fits else "depth-first", 1
         for traversal in ("layer-by-layer", "depth-first"):
             if needed(traversal, count) <= budget:
-                self.traversal = traversal
-                return orders[traversal], 1
+                return traversal, 1
         may_split = argument == "images" and statistics in (self._statistics.RUNNING, self._statistics.CONSTANTS)
         if may_split and needed("depth-first", 1) <= budget:
             parts = next(n for n in range(2, count + 1) if needed("depth-first", -(-count // n)) <= budget)
-            return orders["depth-first"], parts
+            return "depth-first", parts
         smallest = needed("depth-first", 1 if may_split else count)
         advice = ""
         if argument == "calibration":

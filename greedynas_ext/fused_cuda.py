@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from greedynas_ext import _library, arguments
-from greedynas_ext.fused import FusedEngine, Rows
+from greedynas_ext.fused import FusedEngine
 from greedynas_ext.fused_chain import FusedChain, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import InvertedBottleneckWeights
@@ -46,13 +46,12 @@ class CudaEngine(FusedEngine):
     def _module(self) -> Any:
         return _library.require_cuda()
 
-    def _pack(self, rows: Rows) -> None:
+    def _pack(self) -> None:
         # The kernels read the weights when the stream gets there; memory that is freed before stays the stream's.
-        self._device = rows.kept[0].device
+        self._device = self._rows.kept[0].device
         self._packed = self._memory(self._evaluation.packed_bytes)
         with self._on_device():
             self._evaluation.pack(self._packed.data_ptr(), self._stream())
-        self._kept = rows.kept
         self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._found: list[tuple[str, int, Tensor]] = []
         self._events: list[tuple[int, Any, Any]] = []
