@@ -70,7 +70,7 @@ class Cases:
     """Every kernel of a choice block for every layer."""
 
     def __init__(self, images: int) -> None:
-        self._k: Any = _library.require_cuda().kernels
+        self._k: Any = _library.require_cuda().kernels.bf16
         self._images = images
 
     def __iter__(self) -> Iterator[Case]:

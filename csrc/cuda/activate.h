@@ -1,45 +1,63 @@
-// The activations of what an affine map gives (kernels.h), in float. NaN stays NaN.
+// The activations of what an affine map gives, u, as kernels.h describes them. NaN stays NaN.
 #pragma once
+
+#include <type_traits>
 
 #include "choice_block.h"
 #include "device.h"
 
 namespace greedynas::cuda {
 
-// bound(i, plain): the bound of channel i, which is `plain` where no factor multiplies.
-template <int kCount, typename Bound>
-__device__ __forceinline__ void activate(float (&u)[kCount], int activation, const Bound& bound) {
-  if (activation == kLinear) return;
-  if (activation == kRelu) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] = u[i] < 0.f ? 0.f : u[i];
-  } else if (activation == kRelu6) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float top = bound(i, 6.f);
-      u[i] = u[i] > top ? top : u[i];
-      u[i] = u[i] < 0.f ? 0.f : u[i];
-    }
-  } else if (activation == kHswish) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] *= __saturatef(u[i] * bound(i, 1.f / 6.f) + 0.5f);
+// The bound of channels that no factor multiplies.
+template <int kActivation>
+inline constexpr float kPlainBound = kActivation == kRelu6    ? 6.f
+                                     : kActivation == kHswish ? 1.f / 6.f
+                                                              : 1.f;
+
+template <int kActivation>
+__device__ __forceinline__ float activate(float u, float bound) {
+  if constexpr (kActivation == kRelu) {
+    return u < 0.f ? 0.f : u;
+  } else if constexpr (kActivation == kRelu6) {
+    const float positive = u < 0.f ? 0.f : u;
+    return positive > bound ? bound : positive;
+  } else if constexpr (kActivation == kHswish) {
+    return u * __saturatef(fmaf(u, bound, 0.5f));
+  } else if constexpr (kActivation == kSilu) {
+    return __fdividef(u, 1.f + __expf(-u * bound));
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) u[i] = __fdividef(u[i], 1.f + __expf(-u[i] * bound(i, 1.f)));
+    return u;
   }
 }
 
-// Eight floats at a multiple of 16 bytes.
-__device__ __forceinline__ void load8(float (&to)[8], const float* from) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  to[0] = a.x;
-  to[1] = a.y;
-  to[2] = a.z;
-  to[3] = a.w;
-  to[4] = b.x;
-  to[5] = b.y;
-  to[6] = b.z;
-  to[7] = b.w;
+// Two of them in half precision.
+template <int kActivation>
+__device__ __forceinline__ unsigned activate_to_halves(float low, float high, float low_bound,
+                                                       float high_bound) {
+  if constexpr (kActivation == kRelu) {
+    return pack_relu(low, high);
+  } else if constexpr (kActivation == kRelu6) {
+    return pack_relu6(low, high, low_bound, high_bound);
+  } else {
+    return pack_half(activate<kActivation>(low, low_bound), activate<kActivation>(high, high_bound));
+  }
+}
+
+// Calls `function` with the activation as a constant.
+template <typename Function>
+__device__ __forceinline__ void with_activation(int activation, const Function& function) {
+  switch (activation) {
+    case kRelu:
+      return function(std::integral_constant<int, kRelu>{});
+    case kRelu6:
+      return function(std::integral_constant<int, kRelu6>{});
+    case kHswish:
+      return function(std::integral_constant<int, kHswish>{});
+    case kSilu:
+      return function(std::integral_constant<int, kSilu>{});
+    default:
+      return function(std::integral_constant<int, kLinear>{});
+  }
 }
 
 }  // namespace greedynas::cuda

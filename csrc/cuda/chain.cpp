@@ -1,7 +1,8 @@
-#include "chain.h"
-
 #include <algorithm>
+#include <stdexcept>
+#include <type_traits>
 
+#include "chain_evaluation.h"
 #include "launch_groups.h"
 
 namespace greedynas::cuda {
@@ -13,7 +14,8 @@ int activation_after(const OperationSource& o, int stage) {
 
 }  // namespace
 
-ChainEvaluation::ChainEvaluation(const ChainSource& source) : source_(source), packed_(source) {
+template <typename T>
+Evaluation<T>::Evaluation(const ChainSource& source) : source_(source), packed_(source) {
   const auto num_nodes = static_cast<int64_t>(source_.nodes.size());
   num_layers_ = source_.nodes.back().layer + 1;
   leaf_of_node_.assign(num_nodes, -1);
@@ -40,23 +42,27 @@ ChainEvaluation::ChainEvaluation(const ChainSource& source) : source_(source), p
   for (int64_t leaf = 0; leaf < leaves; ++leaf) keep(source_.head);
 }
 
-void ChainEvaluation::pack(void* memory, Stream stream) {
+template <typename T>
+void Evaluation<T>::pack(void* memory, Stream stream) {
   packed_memory_ = static_cast<char*>(memory);
   packed_.pack(packed_memory_, stream);
 }
 
-float* ChainEvaluation::mean(const Map& m) const {
+template <typename T>
+float* Evaluation<T>::mean(const Map& m) const {
   if (!m.moments) return nullptr;
   const int64_t row = row_channels(m.shape.channels);
-  return at<float>(m.offset + aligned(pixels(m) * row * int64_t{sizeof(uint16_t)}));
+  return at<float>(m.offset + aligned(pixels(m) * row * int64_t{sizeof(T)}));
 }
 
-float* ChainEvaluation::covariance(const Map& m) const {
+template <typename T>
+float* Evaluation<T>::covariance(const Map& m) const {
   return m.moments ? mean(m) + row_channels(m.shape.channels) : nullptr;
 }
 
 // Mean and variance of one of the site's BatchNorms; of its operation's widths.
-float* ChainEvaluation::kept(int64_t site, int stage) const {
+template <typename T>
+float* Evaluation<T>::kept(int64_t site, int stage) const {
   const auto blocks = static_cast<int64_t>(source_.stem_blocks.size());
   const auto nodes = static_cast<int64_t>(source_.nodes.size());
   const OperationSource& op = site == 0                 ? source_.stem
@@ -69,10 +75,11 @@ float* ChainEvaluation::kept(int64_t site, int stage) const {
 
 // ---- statistics
 
-NormAffine ChainEvaluation::norm_affine_of(const PackedOperation& op, int64_t site, int stage,
-                                           float* affine) const {
+template <typename T>
+NormAffine Evaluation<T>::norm_affine_of(const PackedOperation<T>& op, int64_t site, int stage,
+                                         float* affine) const {
   NormAffine n{};
-  n.stored_factor = stage == kDepthwiseBn ? op.stored_factor : nullptr;
+  n.stored_factor = op.stored_factor[stage];
   n.affine = affine;
   n.keep = statistics_ == Statistics::kCapture ? kept(site, stage) : nullptr;
   n.norm = op.norms[stage];
@@ -81,8 +88,9 @@ NormAffine ChainEvaluation::norm_affine_of(const PackedOperation& op, int64_t si
   return n;
 }
 
-NormAffine ChainEvaluation::known_affine(const PackedOperation& op, int64_t site, int stage,
-                                         float* affine) const {
+template <typename T>
+NormAffine Evaluation<T>::known_affine(const PackedOperation<T>& op, int64_t site, int stage,
+                                       float* affine) const {
   NormAffine n = norm_affine_of(op, site, stage, affine);
   if (statistics_ == Statistics::kRunning) {
     n.mean = op.running_mean[stage];
@@ -94,21 +102,24 @@ NormAffine ChainEvaluation::known_affine(const PackedOperation& op, int64_t site
   return n;
 }
 
-NormAffine ChainEvaluation::summed_affine(const PackedOperation& op, int64_t site, int stage, float* affine,
-                                          const float* partials, int units) const {
+template <typename T>
+NormAffine Evaluation<T>::summed_affine(const PackedOperation<T>& op, int64_t site, int stage, float* affine,
+                                        const float* partials, int units) const {
   NormAffine n = norm_affine_of(op, site, stage, affine);
   n.partials = partials;
   n.units = units;
   return n;
 }
 
-PointwiseAffine ChainEvaluation::pointwise_affine_of(const PackedOperation& op, int64_t site, int stage,
-                                                     float* affine, const Map& in,
-                                                     const uint16_t* weight) const {
-  PointwiseAffine p{};
+template <typename T>
+PointwiseAffine<T> Evaluation<T>::pointwise_affine_of(const PackedOperation<T>& op, int64_t site, int stage,
+                                                      float* affine, const Map& in,
+                                                      const WeightOf<T>* weight) const {
+  PointwiseAffine<T> p{};
   p.mean = mean(in);
   p.covariance = covariance(in);
   p.weight = weight;
+  p.stored_factor = op.stored_factor[stage];
   p.affine = affine;
   p.keep = statistics_ == Statistics::kCapture ? kept(site, stage) : nullptr;
   p.norm = op.norms[stage];
@@ -119,10 +130,10 @@ PointwiseAffine ChainEvaluation::pointwise_affine_of(const PackedOperation& op, 
 }
 
 // Where statistics are of the batch, sums are stored, to be finished when they are known.
-PointwiseOutput ChainEvaluation::output_of(const Work& w) const {
-  PointwiseOutput o{};
+template <typename T>
+PointwiseOutput<T> Evaluation<T>::output_of(const Work& w) const {
+  PointwiseOutput<T> o{};
   o.y = map(w.out);
-  o.factor = w.op->project_factor;
   o.channels = w.out.shape.channels;
   o.activation = activation_after(w.op->source, kProjectBn);
   if (known()) {
@@ -136,8 +147,9 @@ PointwiseOutput ChainEvaluation::output_of(const Work& w) const {
 
 // ---- the chain
 
-void ChainEvaluation::start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics,
-                            void* memory, Stream stream) {
+template <typename T>
+void Evaluation<T>::start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics,
+                          void* memory, Stream stream) {
   batch_ = batch;
   statistics_ = statistics;
   layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics);
@@ -146,7 +158,8 @@ void ChainEvaluation::start(const std::vector<PathStep>& steps, const Batch& bat
   next_task_ = 0;
 }
 
-int64_t ChainEvaluation::advance() {
+template <typename T>
+int64_t Evaluation<T>::advance() {
   if (next_task_ == layout_.tasks.size()) return -1;
   const Task& task = layout_.tasks[next_task_++];
   switch (task.kind) {
@@ -165,8 +178,9 @@ int64_t ChainEvaluation::advance() {
   }
 }
 
-void ChainEvaluation::run_stem() {
-  const auto work = [&](const PackedOperation& op, int64_t site, const Map& in, const Map& out) {
+template <typename T>
+void Evaluation<T>::run_stem() {
+  const auto work = [&](const PackedOperation<T>& op, int64_t site, const Map& in, const Map& out) {
     int64_t end = layout_.workspace;
     return Work{&op, site, in, out, space(op.source, in, out, batch_.count, false, end)};
   };
@@ -178,10 +192,10 @@ void ChainEvaluation::run_stem() {
   const bool passes_on = packed_.stem_passes_on();
   if (known())
     launch_groups<NormAffine>({known_affine(*stem.op, 0, kProjectBn, affine)}, norm_affine, stream_);
-  StemConv conv{};
+  StemConv<T> conv{};
   conv.images = batch_.images;
   std::copy_n(batch_.strides, 4, conv.strides);
-  conv.weight = packed_.stem.project;
+  conv.weight = packed_.stem.dense;
   conv.out = output_of(stem);
   if (passes_on) conv.out.affine = nullptr;
   conv.images_count = int_of(batch_.count);
@@ -193,7 +207,7 @@ void ChainEvaluation::run_stem() {
   stem_conv(conv, stream_);
   if (!known() && passes_on) {
     launch_groups<NormAffine>({summed_affine(*stem.op, 0, kProjectBn, affine, conv.out.partials,
-                                             pointwise_units(pixels(stem.out)))},
+                                             pointwise_units<T>(pixels(stem.out)))},
                               norm_affine, stream_);
   } else if (!known()) {
     sum_up_and_finish({stem});
@@ -205,7 +219,8 @@ void ChainEvaluation::run_stem() {
   }
 }
 
-void ChainEvaluation::run_nodes(const std::vector<int32_t>& nodes) {
+template <typename T>
+void Evaluation<T>::run_nodes(const std::vector<int32_t>& nodes) {
   std::vector<Work> group;
   int64_t end = layout_.workspace;
   for (const int32_t node : nodes) {
@@ -225,14 +240,15 @@ void ChainEvaluation::run_nodes(const std::vector<int32_t>& nodes) {
 }
 
 // `first_affine`: what the input still has to undergo; null: nothing.
-void ChainEvaluation::run_bottlenecks(const std::vector<Work>& group, const float* first_affine) {
-  std::vector<PointwiseAffine> expanded;
+template <typename T>
+void Evaluation<T>::run_bottlenecks(const std::vector<Work>& group, const float* first_affine) {
+  std::vector<PointwiseAffine<T>> expanded;
   std::vector<NormAffine> affines;
-  std::vector<ExpandDepthwise> convolutions;
+  std::vector<ExpandDepthwise<T>> convolutions;
   for (const Work& w : group) {
     const OperationSource& o = w.op->source;
     float* affine = at<float>(w.space.affines[kExpandBn]);
-    ExpandDepthwise e{};
+    ExpandDepthwise<T> e{};
     e.x = map(w.in);
     e.expand = w.op->expand;
     e.affine = affine;
@@ -246,7 +262,7 @@ void ChainEvaluation::run_bottlenecks(const std::vector<Work>& group, const floa
       expanded.push_back(pointwise_affine_of(*w.op, w.site, kExpandBn, affine, w.in, w.op->expand));
     }
     e.depthwise = w.op->depthwise;
-    e.d = at<uint16_t>(w.space.depthwise);
+    e.d = at<StoredOf<T>>(w.space.depthwise);
     e.partials = known() ? nullptr : at<float>(w.space.partials);
     e.images = int_of(batch_.count);
     e.height = int_of(w.in.shape.height);
@@ -278,11 +294,11 @@ void ChainEvaluation::run_bottlenecks(const std::vector<Work>& group, const floa
     launch_groups(affines, norm_affine, stream_);
   }
   if (group[0].op->source.se_channels > 0) run_squeeze_excite(group);
-  std::vector<Project> projections;
+  std::vector<Project<T>> projections;
   for (const Work& w : group) {
     const OperationSource& o = w.op->source;
-    Project p{};
-    p.d = at<uint16_t>(w.space.depthwise);
+    Project<T> p{};
+    p.d = at<StoredOf<T>>(w.space.depthwise);
     p.affine = at<float>(w.space.affines[kDepthwiseBn]);
     p.gates = o.se_channels > 0 ? at<float>(w.space.gates) : nullptr;
     p.weight = w.op->project;
@@ -297,8 +313,9 @@ void ChainEvaluation::run_bottlenecks(const std::vector<Work>& group, const floa
   if (!known()) sum_up_and_finish(group);
 }
 
-void ChainEvaluation::run_squeeze_excite(const std::vector<Work>& group) const {
-  std::vector<Squeeze> squeezes;
+template <typename T>
+void Evaluation<T>::run_squeeze_excite(const std::vector<Work>& group) const {
+  std::vector<Squeeze<StoredOf<T>>> squeezes;
   std::vector<Linear> reduce, excite;
   const int images = int_of(batch_.count);
   for (const Work& w : group) {
@@ -306,7 +323,7 @@ void ChainEvaluation::run_squeeze_excite(const std::vector<Work>& group) const {
     const int hidden = int_of(o.hidden_channels), squeezed = int_of(o.se_channels),
               row = row_channels(hidden);
     float *pooled = at<float>(w.space.pooled), *middle = at<float>(w.space.squeezed);
-    squeezes.push_back({at<uint16_t>(w.space.depthwise), at<float>(w.space.affines[kDepthwiseBn]),
+    squeezes.push_back({at<StoredOf<T>>(w.space.depthwise), at<float>(w.space.affines[kDepthwiseBn]),
                         w.op->norms[kDepthwiseBn].factor, pooled, images, int_of(w.out.shape.pixels()),
                         hidden, int_of(o.activation)});
     reduce.push_back({pooled, static_cast<const float*>(o.se_reduce_weight),
@@ -321,15 +338,16 @@ void ChainEvaluation::run_squeeze_excite(const std::vector<Work>& group) const {
   launch_groups(excite, linear, stream_);
 }
 
-void ChainEvaluation::run_strided(const std::vector<Work>& group) {
+template <typename T>
+void Evaluation<T>::run_strided(const std::vector<Work>& group) {
   std::vector<NormAffine> affines;
-  std::vector<StridedConv> convolutions;
+  std::vector<StridedConv<T>> convolutions;
   for (const Work& w : group) {
     if (known())
       affines.push_back(known_affine(*w.op, w.site, kProjectBn, at<float>(w.space.affines[kProjectBn])));
-    StridedConv c{};
+    StridedConv<T> c{};
     c.x = map(w.in);
-    c.weight = w.op->project;
+    c.weight = w.op->dense;
     c.out = output_of(w);
     c.images = int_of(batch_.count);
     c.height = int_of(w.in.shape.height);
@@ -344,13 +362,14 @@ void ChainEvaluation::run_strided(const std::vector<Work>& group) {
 }
 
 // BatchNorm, activation and residual of outputs whose sums are stored, and their moments.
-void ChainEvaluation::sum_up_and_finish(const std::vector<Work>& group) {
+template <typename T>
+void Evaluation<T>::sum_up_and_finish(const std::vector<Work>& group) {
   std::vector<NormAffine> affines;
-  std::vector<FinishMap> maps;
+  std::vector<FinishMap<T>> maps;
   for (const Work& w : group) {
     float* affine = at<float>(w.space.affines[kProjectBn]);
     affines.push_back(summed_affine(*w.op, w.site, kProjectBn, affine, at<float>(w.space.partials),
-                                    pointwise_units(pixels(w.out))));
+                                    pointwise_units<T>(pixels(w.out))));
     maps.push_back({map(w.out), affine, w.op->source.residual ? map(w.in) : nullptr, mean(w.out),
                     covariance(w.out), at<float>(w.space.finish), pixels(w.out), w.out.shape.channels,
                     activation_after(w.op->source, kProjectBn)});
@@ -358,15 +377,16 @@ void ChainEvaluation::sum_up_and_finish(const std::vector<Work>& group) {
   launch_groups(affines, norm_affine, stream_);
   // Nodes of a launch all have moments, or none has.
   const auto without =
-      std::stable_partition(maps.begin(), maps.end(), [](const FinishMap& m) { return m.mean; });
-  launch_groups(std::vector<FinishMap>(maps.begin(), without), finish_map, stream_);
-  launch_groups(std::vector<FinishMap>(without, maps.end()), finish_map, stream_);
+      std::stable_partition(maps.begin(), maps.end(), [](const FinishMap<T>& m) { return m.mean; });
+  launch_groups(std::vector<FinishMap<T>>(maps.begin(), without), finish_map, stream_);
+  launch_groups(std::vector<FinishMap<T>>(without, maps.end()), finish_map, stream_);
 }
 
-void ChainEvaluation::run_head(const std::vector<int32_t>& leaves) {
+template <typename T>
+void Evaluation<T>::run_head(const std::vector<int32_t>& leaves) {
   std::vector<NormAffine> known_affines;
-  std::vector<PointwiseAffine> affines;
-  std::vector<HeadPool> pools;
+  std::vector<PointwiseAffine<T>> affines;
+  std::vector<HeadPool<T>> pools;
   std::vector<Linear> classifiers;
   const int channels = int_of(source_.head.out_channels), images = int_of(batch_.count),
             classes = int_of(source_.classes);
@@ -380,10 +400,9 @@ void ChainEvaluation::run_head(const std::vector<int32_t>& leaves) {
     if (known()) {
       known_affines.push_back(known_affine(packed_.head, site, kProjectBn, affine));
     } else {
-      affines.push_back(
-          pointwise_affine_of(packed_.head, site, kProjectBn, affine, in, packed_.head.project));
+      affines.push_back(pointwise_affine_of(packed_.head, site, kProjectBn, affine, in, packed_.head.dense));
     }
-    pools.push_back({map(in), packed_.head.project, affine, at<float>(s.pooled), images,
+    pools.push_back({map(in), packed_.head.dense, affine, at<float>(s.pooled), images,
                      int_of(in.shape.pixels()), in.shape.channels, channels,
                      int_of(source_.head.activation)});
     classifiers.push_back({at<float>(s.pooled), static_cast<const float*>(source_.classifier_weight),
@@ -397,7 +416,8 @@ void ChainEvaluation::run_head(const std::vector<int32_t>& leaves) {
   launch_groups(classifiers, linear, stream_);
 }
 
-void ChainEvaluation::run_loss(const std::vector<int32_t>& leaves) {
+template <typename T>
+void Evaluation<T>::run_loss(const std::vector<int32_t>& leaves) {
   int64_t end = layout_.workspace;
   for (const int32_t node : leaves) {
     const Space s = space(operation_of(node), layout_.maps[source_.nodes[node].parent + 1],
@@ -414,6 +434,22 @@ void ChainEvaluation::run_loss(const std::vector<int32_t>& leaves) {
     loss.classes = int_of(source_.classes);
     loss.label_smoothing = static_cast<float>(batch_.label_smoothing);
     path_cross_entropy(loss, stream_);
+  }
+}
+
+template <typename T>
+const char* Evaluation<T>::kernels() const {
+  return std::is_same_v<T, BFloat16> ? "CUDA, bf16" : "CUDA, fp16";
+}
+
+std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision) {
+  switch (precision) {
+    case Precision::kBFloat16:
+      return std::make_unique<Evaluation<BFloat16>>(source);
+    case Precision::kHalf:
+      return std::make_unique<Evaluation<Half>>(source);
+    default:
+      throw std::invalid_argument("precision: expected bf16 or fp16");
   }
 }
 

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "arena.h"
-#include "chain.h"
+#include "chain_evaluation.h"
 
 namespace greedynas::cuda {
 namespace {
@@ -14,25 +14,27 @@ constexpr int64_t kGroupBytes = int64_t{256} << 20;
 
 }  // namespace
 
-ChainEvaluation::Shape ChainEvaluation::Shape::after(const OperationSource& op) const {
+ChainPlaces::Shape ChainPlaces::Shape::after(const OperationSource& op) const {
   return {ceil_div(height, op.stride), ceil_div(width, op.stride), int_of(op.out_channels)};
 }
 
-bool ChainEvaluation::stem_moments(std::size_t map) const {
+template <typename T>
+bool Evaluation<T>::stem_moments(std::size_t map) const {
   return map == source_.stem_blocks.size() ? needs_moments_[0] != 0
                                            : source_.stem_blocks[map].expand != nullptr;
 }
 
-int64_t ChainEvaluation::map_bytes(int64_t count, const Map& m) const {
+template <typename T>
+int64_t Evaluation<T>::map_bytes(int64_t count, const Map& m) const {
   const int64_t row = row_channels(m.shape.channels);
-  const int64_t values = aligned(count * m.shape.pixels() * row * int64_t{sizeof(uint16_t)});
+  const int64_t values = aligned(count * m.shape.pixels() * row * int64_t{sizeof(T)});
   return values + (m.moments ? aligned(row * (row + 1) * int64_t{sizeof(float)}) : 0);
 }
 
 // Runs of steps of one layer, cut into groups of operations that are alike.
-std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<PathStep>& steps,
-                                                             int64_t count,
-                                                             const std::vector<Map>& maps) const {
+template <typename T>
+std::vector<std::vector<int32_t>> Evaluation<T>::groups_of(const std::vector<PathStep>& steps, int64_t count,
+                                                           const std::vector<Map>& maps) const {
   std::vector<std::vector<int32_t>> groups;
   for (std::size_t first = 0; first < steps.size();) {
     const int32_t layer = source_.nodes[steps[first].node].layer;
@@ -47,7 +49,7 @@ std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<P
       const int32_t node = steps[last].node;
       const OperationSource& op = operation_of(node);
       const int64_t bytes = count * maps[node + 1].shape.pixels() * row_channels(int_of(op.hidden_channels)) *
-                            int64_t{sizeof(uint16_t)};
+                            int64_t{sizeof(StoredOf<T>)};
       const auto [place, fresh] = open.try_emplace(
           Key{op.kind, op.kernel, op.stride, op.activation, op.se_channels > 0}, Open{groups.size(), 0});
       Open& group = place->second;
@@ -64,8 +66,9 @@ std::vector<std::vector<int32_t>> ChainEvaluation::groups_of(const std::vector<P
   return groups;
 }
 
-ChainEvaluation::Space ChainEvaluation::space(const OperationSource& op, const Map& in, const Map& out,
-                                              int64_t count, bool leaf, int64_t& end) const {
+template <typename T>
+ChainPlaces::Space Evaluation<T>::space(const OperationSource& op, const Map& in, const Map& out,
+                                        int64_t count, bool leaf, int64_t& end) const {
   const auto take = [&](int64_t size, int64_t elements) {
     const int64_t offset = end;
     end += aligned(size * elements);
@@ -76,9 +79,9 @@ ChainEvaluation::Space ChainEvaluation::space(const OperationSource& op, const M
                 head = leaf ? row_channels(int_of(source_.head.out_channels)) : 0;
   const int64_t all_pixels = count * out.shape.pixels();
   int64_t partials = 0;
-  if (op.kind != kIdentity) partials = 4 * row * pointwise_units(all_pixels);
+  if (op.kind != kIdentity) partials = 4 * row * pointwise_units<T>(all_pixels);
   if (op.kind == kInvertedBottleneck) {
-    ExpandDepthwise e{};
+    ExpandDepthwise<T> e{};
     e.images = int_of(count);
     e.height = int_of(in.shape.height);
     e.width = int_of(in.shape.width);
@@ -93,9 +96,9 @@ ChainEvaluation::Space ChainEvaluation::space(const OperationSource& op, const M
   s.affines[kExpandBn] = take(kFloat, 3 * std::max(hidden, head));
   s.affines[kDepthwiseBn] = take(kFloat, 3 * hidden);
   s.affines[kProjectBn] = take(kFloat, 3 * row);
-  s.depthwise = take(sizeof(uint16_t), all_pixels * hidden);
+  s.depthwise = take(sizeof(StoredOf<T>), all_pixels * hidden);
   s.partials = take(kFloat, partials);
-  s.finish = take(kFloat, out.moments ? finish_map_floats(all_pixels, out.shape.channels) : 0);
+  s.finish = take(kFloat, out.moments ? finish_map_floats<T>(all_pixels, out.shape.channels) : 0);
   s.pooled = take(kFloat, count * std::max(squeezes ? hidden : 0, head));
   s.squeezed = take(kFloat, count * op.se_channels);
   s.gates = take(kFloat, squeezes ? count * hidden : 0);
@@ -103,8 +106,9 @@ ChainEvaluation::Space ChainEvaluation::space(const OperationSource& op, const M
   return s;
 }
 
-ChainEvaluation::Layout ChainEvaluation::lay_out(const std::vector<PathStep>& steps, int64_t count,
-                                                 int64_t height, int64_t width, Statistics statistics) const {
+template <typename T>
+ChainPlaces::Layout Evaluation<T>::lay_out(const std::vector<PathStep>& steps, int64_t count, int64_t height,
+                                           int64_t width, Statistics statistics) const {
   Layout result;
   Arena arena;
   const bool batch = of_batch(statistics);
@@ -175,9 +179,22 @@ ChainEvaluation::Layout ChainEvaluation::lay_out(const std::vector<PathStep>& st
   return result;
 }
 
-int64_t ChainEvaluation::needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height,
-                                      int64_t width, Statistics statistics) const {
+template <typename T>
+int64_t Evaluation<T>::needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height,
+                                    int64_t width, Statistics statistics) const {
   return lay_out(steps, count, height, width, statistics).bytes;
 }
+
+// The members above, for each type.
+#define INSTANTIATE(T)                                                                                      \
+  template ChainPlaces::Space Evaluation<T>::space(const OperationSource&, const Map&, const Map&, int64_t, \
+                                                   bool, int64_t&) const;                                   \
+  template ChainPlaces::Layout Evaluation<T>::lay_out(const std::vector<PathStep>&, int64_t, int64_t,       \
+                                                      int64_t, Statistics) const;                           \
+  template int64_t Evaluation<T>::needed_bytes(const std::vector<PathStep>&, int64_t, int64_t, int64_t,     \
+                                               Statistics) const;
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
+#undef INSTANTIATE
 
 }  // namespace greedynas::cuda

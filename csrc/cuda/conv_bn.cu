@@ -24,10 +24,10 @@ struct PixelGrid {
   }
 };
 
-template <int kChunk>
+template <typename T, int kChunk>
 class StridedPixels {
  public:
-  __device__ StridedPixels(const StridedConv& node, const PixelGrid& grid, const Unit& unit)
+  __device__ StridedPixels(const StridedConv<T>& node, const PixelGrid& grid, const Unit& unit)
       : unit_(unit),
         x_(node.x),
         grid_(grid),
@@ -59,11 +59,11 @@ class StridedPixels {
   }
 
   const Unit& unit_;
-  const uint16_t* const x_;
+  const T* const x_;
   const PixelGrid grid_;
   const int height_, width_, stride_, depth_;
   ImagesOfTile images_;
-  const uint16_t* from_[Pieces::kMost];  // of the tile that is being loaded
+  const T* from_[Pieces::kMost];  // of the tile that is being loaded
   int rows_;
 };
 
@@ -75,7 +75,8 @@ struct StemTaps {
   int count;
 
   static std::size_t bytes(int padded) { return padded * (sizeof(int64_t) + sizeof(int)); }
-  __device__ StemTaps(const StemConv& node, int padded, unsigned char* shared)
+  template <typename T>
+  __device__ StemTaps(const StemConv<T>& node, int padded, unsigned char* shared)
       : offsets(reinterpret_cast<int64_t*>(shared)),
         places(reinterpret_cast<int*>(shared + padded * sizeof(int64_t))),
         count(node.kernel * node.kernel * node.in_channels) {
@@ -91,10 +92,11 @@ struct StemTaps {
 
 // Numbers wait in registers while the chunk before is multiplied. Threads of a warp have neighbouring pixels
 // and the same taps: what they read lies along a row of the image.
-template <int kChunk>
+template <typename T, int kChunk>
 class StemPixels {
  public:
-  __device__ StemPixels(const StemConv& node, const PixelGrid& grid, const Unit& unit, const StemTaps& taps)
+  __device__ StemPixels(const StemConv<T>& node, const PixelGrid& grid, const Unit& unit,
+                        const StemTaps& taps)
       : node_(node), unit_(unit), grid_(grid), taps_(taps), images_(unit.first, grid.image_pixels) {}
 
   __device__ __forceinline__ void load(int tile, int chunk, unsigned char*) {
@@ -117,9 +119,7 @@ class StemPixels {
   __device__ __forceinline__ void finish(int, int, unsigned char* stage) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float (&v)[8] = values_[i];
-      *reinterpret_cast<uint4*>(stage + piece_offset<kChunk>(pixel(), piece(i))) =
-          uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+      *reinterpret_cast<uint4*>(stage + piece_offset<kChunk>(pixel(), piece(i))) = pack<T>(values_[i]);
     }
   }
 
@@ -153,7 +153,7 @@ class StemPixels {
     return result;
   }
 
-  const StemConv& node_;
+  const StemConv<T>& node_;
   const Unit& unit_;
   const PixelGrid grid_;
   const StemTaps& taps_;
@@ -164,31 +164,33 @@ class StemPixels {
   float values_[kPieces][8];
 };
 
-template <typename Tile, bool kMapped>
+template <typename T, typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
-    strided_conv_kernel(const __grid_constant__ Group<StridedConv> group, PixelGrid grid, int passes,
+    strided_conv_kernel(const __grid_constant__ Group<StridedConv<T>> group, PixelGrid grid, int passes,
                         int stages, int weight_slots) {
+  if (!computes<T>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
-  const StridedConv& node = group.nodes[blockIdx.y];
+  const StridedConv<T>& node = group.nodes[blockIdx.y];
   const Unit unit(grid.pixels, blockIdx.x / passes);
-  StridedPixels<Tile::kChunk> source(node, grid, unit);
-  run_pointwise<Tile, false, kMapped>(source, node.weight, row_channels(node.in_channels), node.out, unit,
-                                      blockIdx.x % passes, stages, weight_slots, shared);
+  StridedPixels<T, Tile::kChunk> source(node, grid, unit);
+  run_pointwise<Tile, kMapped>(source, node.weight, row_channels(node.in_channels), node.out, unit,
+                               blockIdx.x % passes, stages, weight_slots, shared);
 }
 
-template <typename Tile, bool kMapped>
+template <typename T, typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, kMapped ? Tile::kBlocks - 1 : Tile::kBlocks)
-    stem_conv_kernel(const __grid_constant__ StemConv node, PixelGrid grid, int depth, int passes,
+    stem_conv_kernel(const __grid_constant__ StemConv<T> node, PixelGrid grid, int depth, int passes,
                      int weight_slots) {
+  if (!computes<T>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   constexpr int kStages = 2;
   const StemTaps taps(
       node, round_up(depth, Tile::kChunk),
       shared + kStages * Tile::kPixelBytes + weight_slots * Tile::kWeightBytes + Tile::kStagedBytes);
   const Unit unit(grid.pixels, blockIdx.x / passes);
-  StemPixels<Tile::kChunk> source(node, grid, unit, taps);
-  run_pointwise<Tile, false, kMapped>(source, node.weight, depth, node.out, unit, blockIdx.x % passes,
-                                      kStages, weight_slots, shared);
+  StemPixels<T, Tile::kChunk> source(node, grid, unit, taps);
+  run_pointwise<Tile, kMapped>(source, node.weight, depth, node.out, unit, blockIdx.x % passes, kStages,
+                               weight_slots, shared);
 }
 
 constexpr int out_size(int size, int kernel, int stride) {
@@ -201,11 +203,12 @@ PixelGrid grid_of(int images, int height, int width) {
 
 }  // namespace
 
-void strided_conv(const Group<StridedConv>& group, Stream stream) {
-  const StridedConv& node = group.nodes[0];
+template <typename T>
+void strided_conv(const Group<StridedConv<T>>& group, Stream stream) {
+  const StridedConv<T>& node = group.nodes[0];
   const PixelGrid grid =
       grid_of(node.images, out_size(node.height, 1, node.stride), out_size(node.width, 1, node.stride));
-  const int units = pointwise_units(grid.pixels), channels = node.out.channels;
+  const int units = pointwise_units<T>(grid.pixels), channels = node.out.channels;
   if (units == 0) return;
   int depth = 0;
   for (int i = 0; i < group.count; ++i) depth = std::max(depth, row_channels(group.nodes[i].in_channels));
@@ -219,17 +222,18 @@ void strided_conv(const Group<StridedConv>& group, Stream stream) {
                        plan.weight_slots);
     };
     if (node.out.affine) {
-      launch(strided_conv_kernel<Tile, true>);
+      launch(strided_conv_kernel<T, Tile, true>);
     } else {
-      launch(strided_conv_kernel<Tile, false>);
+      launch(strided_conv_kernel<T, Tile, false>);
     }
   });
 }
 
-void stem_conv(const StemConv& node, Stream stream) {
+template <typename T>
+void stem_conv(const StemConv<T>& node, Stream stream) {
   const PixelGrid grid = grid_of(node.images_count, out_size(node.height, node.kernel, node.stride),
                                  out_size(node.width, node.kernel, node.stride));
-  const int units = pointwise_units(grid.pixels), channels = node.out.channels;
+  const int units = pointwise_units<T>(grid.pixels), channels = node.out.channels;
   if (units == 0) return;
   const int depth = round_up(node.kernel * node.kernel * node.in_channels, 16);
   const auto with_tile = [&](auto tile) {
@@ -246,13 +250,18 @@ void stem_conv(const StemConv& node, Stream stream) {
                        stream, node, grid, depth, passes, slots);
     };
     if (node.out.affine) {
-      launch(stem_conv_kernel<Tile, true>);
+      launch(stem_conv_kernel<T, Tile, true>);
     } else {
-      launch(stem_conv_kernel<Tile, false>);
+      launch(stem_conv_kernel<T, Tile, false>);
     }
   };
   if (channels <= 32) return with_tile(PointwiseTile<32, 32, 1>{});
   with_tile(PointwiseTile<64, 32, 1>{});
 }
+
+template void strided_conv(const Group<StridedConv<BFloat16>>&, Stream);
+template void strided_conv(const Group<StridedConv<Half>>&, Stream);
+template void stem_conv(const StemConv<BFloat16>&, Stream);
+template void stem_conv(const StemConv<Half>&, Stream);
 
 }  // namespace greedynas::cuda

@@ -22,6 +22,13 @@ T* address(intptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
+Precision precision_of(const std::string& name) {
+  if (name == "fp32") return Precision::kFloat32;
+  if (name == "bf16") return Precision::kBFloat16;
+  if (name == "fp16") return Precision::kHalf;
+  throw std::invalid_argument("precision: expected fp32, bf16 or fp16, got " + name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
@@ -37,10 +44,9 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       .def(py::init([](const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
                        int64_t classifier_weight, int64_t classifier_bias, int64_t classes,
                        const std::string& precision) {
-             if (precision != "bf16")
-               throw std::invalid_argument("precision: expected bf16, got " + precision);
-             return ChainEvaluation(
-                 chain_source(rows, eps, stem_blocks, nodes, classifier_weight, classifier_bias, classes));
+             return make_chain_evaluation(
+                 chain_source(rows, eps, stem_blocks, nodes, classifier_weight, classifier_bias, classes),
+                 precision_of(precision));
            }),
            py::arg("rows").noconvert(), py::arg("eps").noconvert(), py::arg("stem_blocks"),
            py::arg("nodes").noconvert(), py::arg("classifier_weight"), py::arg("classifier_bias"),
@@ -81,7 +87,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
           py::arg("steps"), py::arg("images"), py::arg("sizes"), py::arg("strides"), py::arg("targets"),
           py::arg("label_smoothing"), py::arg("image_losses"), py::arg("correct"), py::arg("status"),
           py::arg("statistics"), py::arg("memory"), py::arg("stream"))
-      .def_property_readonly("kernels", [](const ChainEvaluation&) { return "CUDA, bf16"; })
+      .def_property_readonly("kernels", &ChainEvaluation::kernels)
       .def("advance", &ChainEvaluation::advance,
            "Launches what comes next; its stage, or -1 when nothing was left.");
 }

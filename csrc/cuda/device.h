@@ -48,7 +48,14 @@ inline int shared_bytes_per_block() {
   return bytes;
 }
 
-// ---- copies from global to shared memory that the thread does not wait for: 16 bytes, 16-byte aligned
+// Whether the code is compiled for compute capability 8.0 or later.
+#ifdef __CUDA_ARCH__
+__device__ constexpr bool since_sm80() { return __CUDA_ARCH__ >= 800; }
+#else
+__device__ constexpr bool since_sm80() { return true; }
+#endif
+
+// ---- copies from global to shared memory that the thread does not wait for (since 8.0)
 
 __device__ __forceinline__ void copy_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -68,6 +75,10 @@ __device__ __forceinline__ void wait_async() {
 //   B 16x8:  b0 k 2t and 2t+1, column g; b1 k+8
 //   C 16x8:  c[0], c[1] row g, columns 2t and 2t+1; c[2], c[3] row g+8
 
+// What the emulation compares between the lanes of a warp: where they were called.
+#define GREEDYNAS_PLACE
+#define GREEDYNAS_SAME_PLACE
+
 #define GREEDYNAS_MULTIPLY(name, type)                                                                    \
   __device__ __forceinline__ void name(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                   \
@@ -86,6 +97,13 @@ __device__ __forceinline__ void wait_async() {
 GREEDYNAS_MULTIPLY(multiply_bf16, "bf16")
 GREEDYNAS_MULTIPLY(multiply_f16, "f16")
 #undef GREEDYNAS_MULTIPLY
+
+// mma.m16n8k8, which compute capability 7.5 has too: half of A and B.
+__device__ __forceinline__ void multiply_f16_k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
 
 // Four 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l
 // / 8, and gets elements 2t and 2t+1 of row g of each (transposed: of column g).
@@ -109,12 +127,20 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-__device__ __forceinline__ unsigned pack_half(float low, float high) {
+// a - b of two bfloat16 each.
+__device__ __forceinline__ unsigned subtract_bf16(unsigned a, unsigned b) {
+  constexpr unsigned kMinusOnes = 0xbf80bf80u;
   unsigned r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(kMinusOnes), "r"(a));
   return r;
 }
-// The same of max(x, 0); NaN stays NaN.
+__device__ __forceinline__ unsigned pack_half(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  unsigned r;
+  memcpy(&r, &pair, 4);
+  return r;
+}
+// Of max(x, 0); NaN stays NaN (since 8.0).
 __device__ __forceinline__ unsigned pack_half_relu(float low, float high) {
   unsigned r;
   asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -141,5 +167,60 @@ __device__ __forceinline__ unsigned as_bits(__half2 h) {
 }
 __device__ __forceinline__ float low_bf16(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// ---- what is done in one way since 8.0 and in another before
+
+// Whether a block has no more than 64 KB of shared memory; since 8.0 it has at least 99.
+inline bool little_shared_memory() { return shared_bytes_per_block() < 99 * 1024; }
+
+// From global to shared memory, 16 bytes, 16-byte aligned; complete once they have been waited for.
+__device__ __forceinline__ void start_copy16(void* shared, const void* global) {
+  if (since_sm80()) {
+    copy_async16(shared, global);
+  } else {
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  }
+}
+// What this thread has started since the last time becomes a group of copies.
+__device__ __forceinline__ void commit_copies() {
+  if (since_sm80()) commit_async();
+}
+// Until at most kPending groups of this thread's copies are on the way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  if (since_sm80()) wait_async<kPending>();
+}
+
+__device__ __forceinline__ void multiply_half(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                              unsigned b1 GREEDYNAS_PLACE) {
+  if (since_sm80()) {
+    multiply_f16(c, a, b0, b1 GREEDYNAS_SAME_PLACE);
+  } else {
+    multiply_f16_k8(c, a[0], a[1], b0 GREEDYNAS_SAME_PLACE);
+    multiply_f16_k8(c, a[2], a[3], b1 GREEDYNAS_SAME_PLACE);
+  }
+}
+__device__ __forceinline__ void multiply_half_first(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                                    unsigned b1 GREEDYNAS_PLACE) {
+  if (since_sm80()) {
+    multiply_f16_first(c, a, b0, b1 GREEDYNAS_SAME_PLACE);
+  } else {
+    c[0] = c[1] = c[2] = c[3] = 0.f;
+    multiply_half(c, a, b0, b1 GREEDYNAS_SAME_PLACE);
+  }
+}
+
+// Two halves of max(x, 0), and of min(max(x, 0), bound). NaN stays NaN.
+__device__ __forceinline__ unsigned pack_relu(float low, float high) {
+  if (since_sm80()) return pack_half_relu(low, high);
+  return pack_half(low < 0.f ? 0.f : low, high < 0.f ? 0.f : high);
+}
+__device__ __forceinline__ unsigned pack_relu6(float low, float high, float low_bound, float high_bound) {
+  if (since_sm80()) {
+    const __half2 bounds = as_half2(pack_half(low_bound, high_bound));
+    return as_bits(__hmin2_nan(as_half2(pack_half_relu(low, high)), bounds));
+  }
+  return pack_relu(low > low_bound ? low_bound : low, high > high_bound ? high_bound : high);
+}
 
 }  // namespace greedynas::cuda

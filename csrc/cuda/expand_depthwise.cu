@@ -14,7 +14,8 @@ using expand::Plan;
 Device device() { return {multiprocessors(), shared_bytes_per_block()}; }
 
 // The search takes some microseconds, and a chain asks for the same shapes again and again.
-const Plan& known_plan(const ExpandDepthwise& n, const Device& device) {
+template <typename T>
+const Plan& known_plan(const ExpandDepthwise<T>& n, const Device& device) {
   thread_local std::map<std::array<int, 9>, Plan> known;
   const std::array<int, 9> key{n.images,           n.height, n.width,  n.in_channels,
                                n.hidden_channels,  n.kernel, n.stride, device.multiprocessors,
@@ -24,8 +25,8 @@ const Plan& known_plan(const ExpandDepthwise& n, const Device& device) {
   return known[key] = expand::plan_of(n, device);
 }
 
-template <int K, int S, int kGroup>
-void launch(const Group<ExpandDepthwise>& group, const Plan& plan, const Device& device, Stream stream) {
+template <int K, int S, int kGroup, typename T>
+void launch(const Group<ExpandDepthwise<T>>& group, const Plan& plan, const Device& device, Stream stream) {
   const Layout layout = layout_of(plan.shape, plan.tiling);
   int groups = 0;
   for (int i = 0; i < group.count; ++i) {
@@ -41,14 +42,14 @@ void launch(const Group<ExpandDepthwise>& group, const Plan& plan, const Device&
   }
   const int groups_per_block = ceil_div(groups, group_blocks);
   group_blocks = ceil_div(groups, groups_per_block);
-  GREEDYNAS_LAUNCH((expand::expand_depthwise_kernel<K, S, kGroup>),
+  GREEDYNAS_LAUNCH((expand::expand_depthwise_kernel<T, K, S, kGroup>),
                    dim3(static_cast<unsigned>(plan.units() * group_blocks), group.count),
                    dim3(expand::threads_of(kGroup)), layout.bytes, stream, group, plan.shape, plan.tiling,
                    layout, groups_per_block, group_blocks);
 }
 
-template <int kGroup>
-void launch(const Group<ExpandDepthwise>& group, const Plan& plan, const Device& device, Stream stream) {
+template <int kGroup, typename T>
+void launch(const Group<ExpandDepthwise<T>>& group, const Plan& plan, const Device& device, Stream stream) {
   switch (plan.shape.kernel * 10 + plan.shape.stride) {
     case 31:
       return launch<3, 1, kGroup>(group, plan, device, stream);
@@ -69,13 +70,17 @@ void launch(const Group<ExpandDepthwise>& group, const Plan& plan, const Device&
 
 }  // namespace
 
-int expand_depthwise_units(const ExpandDepthwise& node) { return known_plan(node, device()).units(); }
+template <typename T>
+int expand_depthwise_units(const ExpandDepthwise<T>& node) {
+  return known_plan(node, device()).units();
+}
 
 // Nodes whose channels are divided alike are one launch.
-void expand_depthwise(const Group<ExpandDepthwise>& group, Stream stream) {
+template <typename T>
+void expand_depthwise(const Group<ExpandDepthwise<T>>& group, Stream stream) {
   const Device here = device();
   for (const int size : {48, 64}) {
-    Group<ExpandDepthwise> alike{};
+    Group<ExpandDepthwise<T>> alike{};
     for (int i = 0; i < group.count; ++i) {
       if (known_plan(group.nodes[i], here).shape.group == size) alike.nodes[alike.count++] = group.nodes[i];
     }
@@ -84,5 +89,10 @@ void expand_depthwise(const Group<ExpandDepthwise>& group, Stream stream) {
     size == 48 ? launch<48>(alike, plan, here, stream) : launch<64>(alike, plan, here, stream);
   }
 }
+
+template int expand_depthwise_units(const ExpandDepthwise<BFloat16>&);
+template int expand_depthwise_units(const ExpandDepthwise<Half>&);
+template void expand_depthwise(const Group<ExpandDepthwise<BFloat16>>&, Stream);
+template void expand_depthwise(const Group<ExpandDepthwise<Half>>&, Stream);
 
 }  // namespace greedynas::cuda

@@ -6,10 +6,11 @@
 // phase), while the next step's x rows or the next group's weights are on their way.
 #pragma once
 
-#include "choice_block.h"
+#include "activate.h"
 #include "device.h"
 #include "expand_depthwise_tiling.h"
 #include "kernels.h"
+#include "numbers.h"
 
 namespace greedynas::cuda::expand {
 namespace {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void locate(const Shape& s, const Tiling& tiling, int
 
 __device__ __forceinline__ void copy16(void* to, const void* from, bool exists) {
   if (exists) {
-    copy_async16(to, from);
+    start_copy16(to, from);
   } else {
     *static_cast<float4*>(to) = make_float4(0.f, 0.f, 0.f, 0.f);
   }
@@ -104,9 +105,10 @@ __device__ __forceinline__ void zero16(void* to, int count) {
 }
 
 // Several images are whole ones, so their rows follow each other.
-__device__ __forceinline__ void load_x(const uint16_t* x, const Shape& s, const Layout& l, const Piece& b,
+template <typename T>
+__device__ __forceinline__ void load_x(const T* x, const Shape& s, const Layout& l, const Piece& b,
                                        unsigned char* shared, const Rows r) {
-  uint16_t* const to = reinterpret_cast<uint16_t*>(shared + l.x);
+  T* const to = reinterpret_cast<T*>(shared + l.x);
   // Copied: cp.async clobbers memory.
   const int pieces = s.in_channels / 8, width = b.width, col0 = b.in_col + b.left;
   const int64_t row0 = static_cast<int64_t>(b.first_image) * s.height + b.in_row + r.lo;
@@ -115,21 +117,21 @@ __device__ __forceinline__ void load_x(const uint16_t* x, const Shape& s, const 
   for (int q = threadIdx.x; q < total; q += blockDim.x) {
     const int px = by_pieces(q), piece = q - px * pieces, row = by_width(px), col = px - row * width;
     const int64_t pixel = (row0 + row) * s.width + col0 + col;
-    copy_async16(to + px * l.x_stride + piece * 8, x + pixel * s.in_channels + piece * 8);
+    start_copy16(to + px * l.x_stride + piece * 8, x + pixel * s.in_channels + piece * 8);
   }
 }
 
 // Of channel group `g`; channels that the node does not have become 0.
-template <int K, int kGroup>
-__device__ __forceinline__ void load_weights(const ExpandDepthwise& node, const Shape& s, const Layout& l,
+template <int K, int kGroup, typename T>
+__device__ __forceinline__ void load_weights(const ExpandDepthwise<T>& node, const Shape& s, const Layout& l,
                                              const Piece& b, unsigned char* shared, int g) {
-  uint16_t* const weight = reinterpret_cast<uint16_t*>(shared + l.weight);
-  uint16_t* const taps =
-      reinterpret_cast<uint16_t*>(shared + l.depthwise) + (g - b.first_group) % 2 * K * K * kGroup;
+  T* const weight = reinterpret_cast<T*>(shared + l.weight);
+  Half* const taps = reinterpret_cast<Half*>(shared + l.depthwise) + (g - b.first_group) % 2 * K * K * kGroup;
   float* const affine = reinterpret_cast<float*>(shared + l.affine);
   const int hidden = row_channels(node.hidden_channels), first = g * kGroup, pieces = s.in_channels / 8;
   const FastDiv by_pieces = b.by_pieces;
-  const uint16_t *const expand = node.expand, *const depthwise = node.depthwise;
+  const T* const expand = node.expand;
+  const Half* const depthwise = node.depthwise;
   const float* const node_affine = node.affine;
   for (int q = threadIdx.x; q < kGroup * pieces; q += blockDim.x) {
     const int c = by_pieces(q), piece = q - c * pieces;
@@ -146,9 +148,9 @@ __device__ __forceinline__ void load_weights(const ExpandDepthwise& node, const 
   }
 }
 
-template <bool kFirst, int kGroup>
-__device__ __forceinline__ void multiply_step(float (&sums)[2][kGroup / 8][4], const uint16_t* x_row,
-                                              const uint16_t* weight_row, int stride) {
+template <bool kFirst, int kGroup, typename T>
+__device__ __forceinline__ void multiply_step(float (&sums)[2][kGroup / 8][4], const T* x_row,
+                                              const T* weight_row, int stride) {
   unsigned a[2][4];
   load_matrices(a[0], x_row);
   load_matrices(a[1], x_row + 16 * stride);
@@ -159,41 +161,23 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kGroup / 8][4], c
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if constexpr (kFirst) {
-        multiply_bf16_first(sums[i][n], a[i], w[0], w[1]);
-        multiply_bf16_first(sums[i][n + 1], a[i], w[2], w[3]);
+        Pair<T>::multiply_first(sums[i][n], a[i], w[0], w[1]);
+        Pair<T>::multiply_first(sums[i][n + 1], a[i], w[2], w[3]);
       } else {
-        multiply_bf16(sums[i][n], a[i], w[0], w[1]);
-        multiply_bf16(sums[i][n + 1], a[i], w[2], w[3]);
+        Pair<T>::multiply(sums[i][n], a[i], w[0], w[1]);
+        Pair<T>::multiply(sums[i][n + 1], a[i], w[2], w[3]);
       }
     }
   }
 }
 
-// See kernels.h. NaN stays NaN.
-template <Activation kActivation>
-__device__ __forceinline__ unsigned activate(float u0, float u1, float2 bound) {
-  if constexpr (kActivation == kRelu) return pack_half_relu(u0, u1);
-  if constexpr (kActivation == kRelu6) {
-    return as_bits(__hmin2_nan(as_half2(pack_half_relu(u0, u1)), __floats2half2_rn(bound.x, bound.y)));
-  }
-  if constexpr (kActivation == kHswish) {
-    u0 *= __saturatef(u0 * bound.x + 0.5f);
-    u1 *= __saturatef(u1 * bound.y + 0.5f);
-  }
-  if constexpr (kActivation == kSilu) {
-    u0 = __fdividef(u0, 1.f + __expf(-u0 * bound.x));
-    u1 = __fdividef(u1, 1.f + __expf(-u1 * bound.y));
-  }
-  return pack_half(u0, u1);
-}
-
 // GEMM phase: the step's pixels x kGroup channels, 32 pixels a warp at a time, into the ring.
-template <int kGroup, Activation kActivation>
+template <typename T, int kGroup, int kActivation>
 __device__ __forceinline__ void expand_rows(const Shape& s, const Tiling& tiling, const Layout& l,
                                             const Piece& b, unsigned char* shared, const Rows rows) {
   unsigned* const ring = reinterpret_cast<unsigned*>(shared + l.ring);
-  const uint16_t* const x = reinterpret_cast<const uint16_t*>(shared + l.x);
-  const uint16_t* const weight = reinterpret_cast<const uint16_t*>(shared + l.weight);
+  const T* const x = reinterpret_cast<const T*>(shared + l.x);
+  const T* const weight = reinterpret_cast<const T*>(shared + l.weight);
   const float* const affine = reinterpret_cast<const float*>(shared + l.affine);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int* const place = reinterpret_cast<const int*>(shared + l.place) + lane / 4;
@@ -202,8 +186,8 @@ __device__ __forceinline__ void expand_rows(const Shape& s, const Tiling& tiling
   const int origin = (tiling.whole() ? rows.lo : rows.lo % l.ring_rows) * l.row_words;
   for (int m = warp * 32; m < pixels; m += warps * 32) {
     float sums[2][kGroup / 8][4];
-    const uint16_t* x_row = x + (m + lane % 16) * l.x_stride + lane / 16 * 8;
-    const uint16_t* weight_row = weight + (lane / 16 * 8 + lane % 8) * l.x_stride + lane / 8 % 2 * 8;
+    const T* x_row = x + (m + lane % 16) * l.x_stride + lane / 16 * 8;
+    const T* weight_row = weight + (lane / 16 * 8 + lane % 8) * l.x_stride + lane / 8 % 2 * 8;
     multiply_step<true, kGroup>(sums, x_row, weight_row, l.x_stride);
 #pragma unroll 2
     for (int k = 1; k < k_steps; ++k) {
@@ -227,29 +211,11 @@ __device__ __forceinline__ void expand_rows(const Shape& s, const Tiling& tiling
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* const sum = sums[j / 2][n] + j % 2 * 2;
-        const unsigned value =
-            activate<kActivation>(sum[0] * scale.x + shift.x, sum[1] * scale.y + shift.y, bound);
+        const unsigned value = activate_to_halves<kActivation>(sum[0] * scale.x + shift.x,
+                                                               sum[1] * scale.y + shift.y, bound.x, bound.y);
         if (real[j]) out[j][n * 4] = value;
       }
     }
-  }
-}
-
-template <int kGroup>
-__device__ __forceinline__ void expand_rows(int activation, const Shape& s, const Tiling& tiling,
-                                            const Layout& l, const Piece& b, unsigned char* shared,
-                                            const Rows rows) {
-  switch (activation) {
-    case kLinear:
-      return expand_rows<kGroup, kLinear>(s, tiling, l, b, shared, rows);
-    case kRelu:
-      return expand_rows<kGroup, kRelu>(s, tiling, l, b, shared, rows);
-    case kRelu6:
-      return expand_rows<kGroup, kRelu6>(s, tiling, l, b, shared, rows);
-    case kHswish:
-      return expand_rows<kGroup, kHswish>(s, tiling, l, b, shared, rows);
-    case kSilu:
-      return expand_rows<kGroup, kSilu>(s, tiling, l, b, shared, rows);
   }
 }
 
@@ -290,8 +256,8 @@ __device__ __forceinline__ void store_item(unsigned* out, int row_stride, int pi
 
 // Depthwise phase: output rows from `first` on of the block's; a thread two channels of an item, R rows x
 // kCols columns, at a time.
-template <int K, int S, int kGroup>
-__device__ __forceinline__ void depthwise_rows(const ExpandDepthwise& node, const Shape& s,
+template <int K, int S, int kGroup, typename T>
+__device__ __forceinline__ void depthwise_rows(const ExpandDepthwise<T>& node, const Shape& s,
                                                const Tiling& tiling, const Layout& l, const Piece& b,
                                                const unsigned char* shared, int g, int first,
                                                Moments& moments) {
@@ -357,8 +323,8 @@ __device__ __forceinline__ void depthwise_rows(const ExpandDepthwise& node, cons
 }
 
 // Joins the slots' moments in their order and stores the block's partial sums of one group.
-template <int kGroup>
-__device__ __forceinline__ void store_moments(const ExpandDepthwise& node, const Layout& l, const Piece& b,
+template <int kGroup, typename T>
+__device__ __forceinline__ void store_moments(const ExpandDepthwise<T>& node, const Layout& l, const Piece& b,
                                               unsigned char* shared, int g, const Moments& m) {
   constexpr int kThreads = threads_of(kGroup);
   float* const sums = reinterpret_cast<float*>(shared + l.sums);
@@ -405,14 +371,15 @@ template <int K, int S, int kGroup>
 constexpr int kLeastBlocks = least_blocks(K, kGroup);
 #endif
 
-template <int K, int S, int kGroup>
+template <typename T, int K, int S, int kGroup>
 __global__ void __launch_bounds__(threads_of(kGroup), kLeastBlocks<K, S, kGroup>)
-    expand_depthwise_kernel(const __grid_constant__ Group<ExpandDepthwise> group,
+    expand_depthwise_kernel(const __grid_constant__ Group<ExpandDepthwise<T>> group,
                             const __grid_constant__ Shape s, const __grid_constant__ Tiling tiling,
                             const __grid_constant__ Layout l, int groups_per_block, int group_blocks) {
+  if (!computes<T>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   GREEDYNAS_SHARED(Piece, b);
-  const ExpandDepthwise& node = group.nodes[blockIdx.y];
+  const ExpandDepthwise<T>& node = group.nodes[blockIdx.y];
   const int groups = ceil_div(row_channels(node.hidden_channels), kGroup);
   if (static_cast<int>(blockIdx.x) % group_blocks * groups_per_block >= groups) return;
   const int row_bytes = l.row_words * 4;
@@ -436,12 +403,12 @@ __global__ void __launch_bounds__(threads_of(kGroup), kLeastBlocks<K, S, kGroup>
   }
   load_x(node.x, s, l, b, shared, rows_of<K, S>(s, tiling, b, 0));
   load_weights<K, kGroup>(node, s, l, b, shared, b.first_group);
-  commit_async();
+  commit_copies();
 
   for (int g = b.first_group; g < b.end_group; ++g) {
     Moments moments{};
     for (int t = 0; t < b.steps; ++t) {
-      wait_async<0>();
+      wait_for_copies<0>();
       __syncthreads();  // x and weights are here; the ring is free
       const Rows rows = rows_of<K, S>(s, tiling, b, t);
       if (!tiling.whole()) {  // rows outside the image: their slots hold old rows
@@ -450,7 +417,9 @@ __global__ void __launch_bounds__(threads_of(kGroup), kLeastBlocks<K, S, kGroup>
           zero16(shared + l.ring + r % l.ring_rows * row_bytes, row_bytes / 16);
         }
       }
-      expand_rows<kGroup>(node.activation, s, tiling, l, b, shared, rows);
+      with_activation(node.activation, [&](auto activation) {
+        expand_rows<T, kGroup, decltype(activation)::value>(s, tiling, l, b, shared, rows);
+      });
       __syncthreads();  // the ring rows are complete; x may be overwritten
       const bool last = t + 1 == b.steps, more = g + 1 < b.end_group;
       if (!last) {
@@ -458,7 +427,7 @@ __global__ void __launch_bounds__(threads_of(kGroup), kLeastBlocks<K, S, kGroup>
       } else if (more) {
         load_weights<K, kGroup>(node, s, l, b, shared, g + 1);
       }
-      commit_async();
+      commit_copies();
       if (t >= b.lag) {
         depthwise_rows<K, S, kGroup>(node, s, tiling, l, b, shared, g, (t - b.lag) * tiling.step, moments);
       }

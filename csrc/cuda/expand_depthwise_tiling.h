@@ -37,7 +37,8 @@ struct Shape {
   int kernel, stride, group;
 };
 
-inline Shape shape_of(const ExpandDepthwise& n, int group) {
+template <typename T>
+Shape shape_of(const ExpandDepthwise<T>& n, int group) {
   const auto out = [&](int size) { return (size - 1) / n.stride + 1; };
   return {n.images, n.height, n.width, row_channels(n.in_channels), out(n.height), out(n.width),
           n.kernel, n.stride, group};
@@ -57,8 +58,8 @@ struct Layout {
   int ring_rows, row_words;  // of the ring; words of 4 bytes
   int x_stride;              // in elements
   int ring;                  // half [images][ring_rows][row_words]
-  int x;                     // bfloat16 [pixels][x_stride]
-  int weight;                // bfloat16 [group][x_stride]
+  int x;                     // maps [pixels][x_stride]
+  int weight;                // of the same type [group][x_stride]
   int depthwise;  // half [2 if whole][kernel * kernel][group]: one is read while the next group's arrives
   int affine;     // float [3][group]
   int place;      // int [pixels]: where in the ring a step's pixels go
@@ -185,7 +186,8 @@ struct Plan {
 
 // The size of channel groups that wastes the fewest channels, the larger of equal ones; unless only the other
 // fits.
-inline Plan plan_of(const ExpandDepthwise& node, const Device& device) {
+template <typename T>
+Plan plan_of(const ExpandDepthwise<T>& node, const Device& device) {
   const bool small = round_up(node.hidden_channels, 48) < round_up(node.hidden_channels, 64);
   for (const int group : {small ? 48 : 64, 48}) {
     const Shape shape = shape_of(node, group);

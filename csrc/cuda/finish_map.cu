@@ -2,7 +2,7 @@
 // the moments of what it writes.
 //
 // moments_kernel (finish_map_moments.cuh) does it chunk by chunk, join_kernel brings the moments of the
-// chunks together. More than kMaxFusedTiles tiles of 16 channels are too many for the registers of a block:
+// chunks together. More than max_fused_tiles() tiles of 16 channels are too many for a block:
 // such maps are finished first, and then blocks take the moments of two windows of channels each.
 #include <algorithm>
 #include <cstdint>
@@ -19,15 +19,17 @@ constexpr int kPlainThreads = 256;
 constexpr int kBatch = 4;  // pixels that a thread has on the way
 
 // No moments. A thread finishes one vector of every step-th pixel.
+template <typename T>
 __global__ void __launch_bounds__(kPlainThreads)
-    plain_kernel(const __grid_constant__ Group<FinishMap> group) {
-  const FinishMap& f = group.nodes[blockIdx.y];
+    plain_kernel(const __grid_constant__ Group<FinishMap<T>> group) {
+  if (!computes<T>()) return;
+  const FinishMap<T>& f = group.nodes[blockIdx.y];
   const int row = row_channels(f.channels) / 8, width = min(row, kPlainThreads), rows = kPlainThreads / width;
   const int vector = blockIdx.z * width + threadIdx.x % width, of_block = threadIdx.x / width;
   if (!f.affine || vector >= row || of_block >= rows) return;
   auto* map = reinterpret_cast<uint4*>(f.map) + vector;
   const auto* residual = f.residual ? reinterpret_cast<const uint4*>(f.residual) + vector : nullptr;
-  const FinishVector finish(f.affine, vector, row, f.activation);
+  const FinishVector<T> finish(f.affine, vector, row, f.activation);
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
   for (int64_t pixel = static_cast<int64_t>(blockIdx.x) * rows + of_block; pixel < f.pixels;
        pixel += kBatch * step) {
@@ -54,9 +56,10 @@ constexpr int kJoinShare = kTileFloats / 64;  // blocks of a pair of tiles
 
 // Chunks' means and centred products -> mean and covariance. A warp takes 64 elements, two to a lane, of
 // every chunk that is its turn.
+template <typename T>
 __global__ void __launch_bounds__(32 * kMaxJoinWarps)
-    join_kernel(const __grid_constant__ Group<FinishMap> group, const MomentsCut cut) {
-  const FinishMap& f = group.nodes[blockIdx.y];
+    join_kernel(const __grid_constant__ Group<FinishMap<T>> group, const MomentsCut cut) {
+  const FinishMap<T>& f = group.nodes[blockIdx.y];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   // Tiles are paired (0, 0), (0, 1), (1, 1), (0, 2), ...
   int a = blockIdx.x / kJoinShare, b = 0;
@@ -144,28 +147,30 @@ __global__ void __launch_bounds__(32 * kMaxJoinWarps)
   if (i == j) f.mean[i] = static_cast<float>(pilot_a + total[1] / pixels);
 }
 
-void finish_plainly(const Group<FinishMap>& group, Stream stream) {
+template <typename T>
+void finish_plainly(const Group<FinishMap<T>>& group, Stream stream) {
   if (group.count == 0) return;
-  const FinishMap& f = group.nodes[0];
+  const FinishMap<T>& f = group.nodes[0];
   const int row = row_channels(f.channels) / 8, width = std::min(row, kPlainThreads);
   const int64_t whole = ceil_div(f.pixels, int64_t{kPlainThreads / width * kBatch});
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(whole, 16 * multiprocessors()));
-  GREEDYNAS_LAUNCH(plain_kernel, dim3(blocks, group.count, ceil_div(row, width)), dim3(kPlainThreads), 0,
+  GREEDYNAS_LAUNCH((plain_kernel<T>), dim3(blocks, group.count, ceil_div(row, width)), dim3(kPlainThreads), 0,
                    stream, group);
 }
 
 // kTiles: of cut.tiles, where there is one window.
-template <Pass kPass, int kTiles = 1>
-void launch_moments(const Group<FinishMap>& group, const MomentsCut& cut, bool residual, Stream stream) {
+template <Pass kPass, int kTiles = 1, typename T>
+void launch_moments(const Group<FinishMap<T>>& group, const MomentsCut& cut, bool residual, Stream stream) {
   if constexpr (kPass != kNothing && kTiles < kMaxFusedTiles) {
     if (cut.tiles > kTiles) return launch_moments<kPass, kTiles + 1>(group, cut, residual, stream);
   }
   const dim3 grid(cut.chunks, group.count, cut.window_pairs());
-  GREEDYNAS_LAUNCH((moments_kernel<kTiles, kPass>), grid, dim3(moments_threads(cut.block_tiles)),
+  GREEDYNAS_LAUNCH((moments_kernel<T, kTiles, kPass>), grid, dim3(moments_threads(cut.block_tiles)),
                    MomentsMemory<kTiles>::bytes(residual), stream, group, cut);
 }
 
-void take_moments(const Group<FinishMap>& group, Stream stream) {
+template <typename T>
+void take_moments(const Group<FinishMap<T>>& group, Stream stream) {
   if (group.count == 0) return;
   const MomentsCut cut = cut_moments(group.nodes[0].pixels, group.nodes[0].channels);
   bool residual = false, activated = false;
@@ -182,28 +187,47 @@ void take_moments(const Group<FinishMap>& group, Stream stream) {
   }
   const int join_warps = std::clamp(ceil_div(cut.chunks, kJoinChunks), 2, kMaxJoinWarps);
   const int join_bytes = join_warps * 5 * 32 * static_cast<int>(sizeof(double));
-  GREEDYNAS_LAUNCH(join_kernel, dim3(cut.tile_pairs() * kJoinShare, group.count), dim3(32 * join_warps),
+  GREEDYNAS_LAUNCH((join_kernel<T>), dim3(cut.tile_pairs() * kJoinShare, group.count), dim3(32 * join_warps),
                    join_bytes, stream, group, cut);
+}
+
+// Whether a block cannot also finish what it takes the moments of: too many tiles, or, within 64 KB, a
+// residual beside the only tile, of which many groups of warps have pixels on the way.
+template <typename T>
+bool is_finished_apart(const FinishMap<T>& f) {
+  const int tiles = ceil_div(f.channels, kTile);
+  return tiles > max_fused_tiles() || (little_shared_memory() && tiles == 1 && f.residual);
 }
 
 }  // namespace
 
+template <typename T>
 int64_t finish_map_floats(int64_t pixels, int channels) {
   const MomentsCut cut = cut_moments(pixels, channels);
   return int64_t{cut.chunks} * cut.window_pairs() * cut.floats();
 }
 
-void finish_map(const Group<FinishMap>& group, Stream stream) {
+template <typename T>
+void finish_map(const Group<FinishMap<T>>& group, Stream stream) {
   if (group.nodes[0].pixels == 0) return;
-  Group<FinishMap> plain{}, with_moments{};
+  Group<FinishMap<T>> plain{}, with_moments{};
   for (int i = 0; i < group.count; ++i) {
-    const FinishMap& f = group.nodes[i];
-    const bool apart = row_channels(f.channels) > kMaxFusedTiles * kTile;
-    if (f.affine && (!f.mean || apart)) plain.nodes[plain.count++] = f;
+    FinishMap<T> f = group.nodes[i];
+    if (f.affine && (!f.mean || is_finished_apart(f))) {
+      plain.nodes[plain.count++] = f;
+      f.affine = nullptr;
+      f.residual = nullptr;
+      f.activation = kLinear;
+    }
     if (f.mean) with_moments.nodes[with_moments.count++] = f;
   }
   finish_plainly(plain, stream);
   take_moments(with_moments, stream);
 }
+
+template int64_t finish_map_floats<BFloat16>(int64_t, int);
+template int64_t finish_map_floats<Half>(int64_t, int);
+template void finish_map(const Group<FinishMap<BFloat16>>&, Stream);
+template void finish_map(const Group<FinishMap<Half>>&, Stream);
 
 }  // namespace greedynas::cuda

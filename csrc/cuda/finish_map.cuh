@@ -7,30 +7,12 @@
 #include "activate.h"
 #include "device.h"
 #include "kernels.h"
+#include "numbers.h"
 
 namespace greedynas::cuda {
 
-#ifdef __CUDACC__
-// a - b of two bfloat16 each.
-__device__ __forceinline__ unsigned subtract_bf16(unsigned a, unsigned b) {
-  constexpr unsigned kMinusOnes = 0xbf80bf80u;
-  unsigned r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(kMinusOnes), "r"(a));
-  return r;
-}
-#endif
-
-// Two bfloat16 in each of four words.
-__device__ __forceinline__ void unpack(float (&x)[8], const uint4& words) {
-  const unsigned w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = low_bf16(w[i]);
-    x[2 * i + 1] = high_bf16(w[i]);
-  }
-}
-
 // What becomes of 8 channels of a pixel. Maps are not multiplied by a factor, so that bounds are known.
+template <typename T>
 struct FinishVector {
   float scale[8], shift[8];
   int activation;
@@ -44,24 +26,30 @@ struct FinishVector {
   }
   __device__ __forceinline__ uint4 operator()(const uint4& raw, bool adds, const uint4& residual) const {
     float x[8];
-    unpack(x, raw);
+    unpack<T>(x, raw);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = x[i] * scale[i] + shift[i];
-    activate(x, activation, [](int, float plain) { return plain; });
+    with_activation(activation, [&](auto constant) {
+      constexpr int kActivation = decltype(constant)::value;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = activate<kActivation>(x[i], kPlainBound<kActivation>);
+    });
     if (adds) {
       float added[8];
-      unpack(added, residual);
+      unpack<T>(added, residual);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] += added[i];
     }
-    return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
+    return pack<T>(x);
   }
 };
 
 constexpr int kTile = 16;  // channels of a tile, pixels of a sweep
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kMaxFusedTiles = 12;
+constexpr int kMaxFusedTiles = 12;  // that registers have room for
 constexpr int kMaxWindowTiles = 7;
+// And shared memory, with a residual: 64 KB hold 8 of them, all devices since compute capability 8.0 hold 12.
+inline int max_fused_tiles() { return little_shared_memory() ? 8 : kMaxFusedTiles; }
 
 // How the moments of a map are cut: chunks of pixels, and windows of channels where a block cannot hold the
 // products of all of them.
@@ -103,7 +91,7 @@ inline MomentsCut cut_moments(int64_t pixels, int channels) {
   cut.pixels = pixels;
   cut.row = row_channels(channels) / 8;
   cut.tiles = ceil_div(cut.row, 2);
-  cut.windows = cut.tiles <= kMaxFusedTiles ? 1 : ceil_div(cut.tiles, kMaxWindowTiles);
+  cut.windows = cut.tiles <= max_fused_tiles() ? 1 : ceil_div(cut.tiles, kMaxWindowTiles);
   cut.window_tiles = ceil_div(cut.tiles, cut.windows);
   cut.block_tiles = std::min(cut.tiles, 2 * cut.window_tiles);
   const int64_t sweep = kTile * moments_groups(cut.block_tiles);

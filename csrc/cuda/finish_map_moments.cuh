@@ -1,9 +1,9 @@
 // finish_map with moments: a chunk of the pixels of a map, or of two windows of its channels.
 //
-// What arrives in shared memory becomes, in the same place, the distance of the result from a pilot, in
-// bfloat16. The second moments are that matrix times its transpose, on tensor cores, with both operands from
-// the same registers: of T tiles of 16 channels, warp i multiplies tile i with the tiles i, i + 1, ... i + T
-// / 2 (mod T), which are all pairs. Sums are centred on the chunk's own means.
+// What arrives in shared memory becomes, in the same place, the distance of the result from a pilot, of the
+// map's type. The second moments are that matrix times its transpose, on tensor cores, with both operands
+// from the same registers: of T tiles of 16 channels, warp i multiplies tile i with the tiles i, i + 1, ... i
+// + T / 2 (mod T), which are all pairs. Sums are centred on the chunk's own means.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,8 @@
 namespace greedynas::cuda {
 namespace {
 
-constexpr unsigned kOnes = 0x3f803f80u;  // bfloat16
-constexpr int kSweeps = 2;               // between two barriers
-constexpr int kStages = 3;               // of kSweeps sweeps each, all but one on the way
+constexpr int kSweeps = 2;  // between two barriers
+constexpr int kStages = 3;  // of kSweeps sweeps each, all but one on the way
 
 // Shared memory of a block: stages of the map, then of the residual, then pilots and samples. A pixel's row
 // has one vector more than channels need: rows of an 8x8 matrix have to lie in different banks.
@@ -32,8 +31,9 @@ struct MomentsMemory {
   }
 };
 
-// Sixteen values near the mean of which nothing cancels: 0, or, where that is far, about their mean. It is a
-// bfloat16, so that distances from it mostly are, too.
+// Sixteen values near the mean of which nothing cancels: 0, or, where that is far, about their mean. It is
+// of the map's type, so that distances from it mostly are, too.
+template <typename T>
 __device__ __forceinline__ float pilot_of(const float* values, int stride) {
   float mean = 0.f, variance = 0.f;
 #pragma unroll
@@ -44,7 +44,7 @@ __device__ __forceinline__ float pilot_of(const float* values, int stride) {
     variance += distance * distance / kTile;
   }
   const bool far = mean * mean > 25 * variance;
-  return far ? low_bf16(pack_bf16(mean, 0.f)) : 0.f;  // not where they are not finite
+  return far ? Pair<T>::unpack(Pair<T>::pack(mean, 0.f)).x : 0.f;  // not where they are not finite
 }
 
 // What is still to be done to a map: nothing, all but an activation, all.
@@ -57,13 +57,14 @@ constexpr int blocks_of_pass(int tiles, Pass pass) {
 
 // Of a map of kTiles tiles; kNothing: of two windows of a map, of kTiles tiles together at most. kGroups
 // groups of warps take turns at sweeps of 16 pixels.
-template <int kTiles, Pass kPass>
+template <typename T, int kTiles, Pass kPass>
 __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles, kPass))
-    moments_kernel(const __grid_constant__ Group<FinishMap> group, const MomentsCut cut) {
+    moments_kernel(const __grid_constant__ Group<FinishMap<T>> group, const MomentsCut cut) {
+  if (!computes<T>()) return;
   constexpr int kGroups = moments_groups(kTiles);
   constexpr int kPairs =
       kTiles / 2 + 1;  // of a warp; half of them have one that another has, if kTiles is even
-  const FinishMap& f = group.nodes[blockIdx.y];
+  const FinishMap<T>& f = group.nodes[blockIdx.y];
   const WindowPair windows = WindowPair::of(cut, blockIdx.z);
   const int tiles = kPass == kNothing ? windows.tiles() : kTiles, width = 2 * tiles, channels = kTile * tiles;
   const int thread = threadIdx.x, lane = thread % 32;
@@ -95,16 +96,16 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
       if (!real || pixel >= pixels) break;
       const int at = pixel * cut.row;
       uint4* to = slot + stage * Memory::kStage + i * Memory::kSweep;
-      copy_async16(to, map + at);
-      if (adds) copy_async16(to + Memory::kAll, residual + at);
+      start_copy16(to, map + at);
+      if (adds) start_copy16(to + Memory::kAll, residual + at);
     }
-    commit_async();
+    commit_copies();
   };
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fetch(first_pixel + stage * kStep, stage);
 
-  const FinishVector finish(changes && real ? f.affine : nullptr, vector, cut.row,
-                            kPass == kActivated ? f.activation : int{kLinear});
+  const FinishVector<T> finish(changes && real ? f.affine : nullptr, vector, cut.row,
+                               kPass == kActivated ? f.activation : int{kLinear});
   if (active && my_group == 0) {
     uint4 words{0, 0, 0, 0}, added = words;
     if (real) {
@@ -114,18 +115,18 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
       if (changes) words = finish(words, adds, added);
     }
     float x[8];
-    unpack(x, words);
+    unpack<T>(x, words);
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[8 * thread + i] = x[i];
   }
   __syncthreads();
-  if (thread < channels) pilots[thread] = pilot_of(values + thread, channels);
+  if (thread < channels) pilots[thread] = pilot_of<T>(values + thread, channels);
   __syncthreads();
   unsigned pilot[4] = {};
   if (active) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pilot[i] = pack_bf16(pilots[8 * local_vector + 2 * i], pilots[8 * local_vector + 2 * i + 1]);
+      pilot[i] = Pair<T>::pack(pilots[8 * local_vector + 2 * i], pilots[8 * local_vector + 2 * i + 1]);
     }
   }
 
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
   float sums[4] = {};            // of tile my_tile: its product with ones
   int stage = 0;
   for (int done = 0; done < pixels; done += kStep) {
-    wait_async<kStages - 2>();
+    wait_for_copies<kStages - 2>();
 #pragma unroll
     for (int i = 0; i < kSweeps; ++i) {
       const int pixel = done + first_pixel + i * kSweepPixels;
@@ -151,8 +152,8 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
           words = finish(words, adds, added);
           map[pixel * cut.row] = words;
         }
-        distances = {subtract_bf16(words.x, pilot[0]), subtract_bf16(words.y, pilot[1]),
-                     subtract_bf16(words.z, pilot[2]), subtract_bf16(words.w, pilot[3])};
+        distances = {Pair<T>::subtract(words.x, pilot[0]), Pair<T>::subtract(words.y, pilot[1]),
+                     Pair<T>::subtract(words.z, pilot[2]), Pair<T>::subtract(words.w, pilot[3])};
       }
       if (active) *mine = distances;
     }
@@ -169,12 +170,12 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
         unsigned b[4];
         load_matrices_transposed(b, rows + 2 * my_tile);
         const unsigned a[4] = {b[0], b[2], b[1], b[3]};
-        multiply_bf16(sums, a, kOnes, kOnes);
+        Pair<T>::multiply(sums, a, Pair<T>::kOnes, Pair<T>::kOnes);
 #pragma unroll
         for (int d = 0; d < kPairs; ++d) {
           if (d > 0) load_matrices_transposed(b, rows + 2 * tile_after(d));
-          multiply_bf16(acc[d][0], a, b[0], b[1]);
-          multiply_bf16(acc[d][1], a, b[2], b[3]);
+          Pair<T>::multiply(acc[d][0], a, b[0], b[1]);
+          Pair<T>::multiply(acc[d][1], a, b[2], b[3]);
         }
       }
     }

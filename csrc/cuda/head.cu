@@ -19,7 +19,8 @@ constexpr int kPixelBytes = kBlockColumns * kChunk * 2, kWeightBytes = kBlockCha
 struct ImageColumns {
   int first_image, images, image_pixels;
 
-  __device__ ImageColumns(const HeadPool& node, int images_each)
+  template <typename T>
+  __device__ ImageColumns(const HeadPool<T>& node, int images_each)
       : first_image(blockIdx.x * images_each),
         images(min(images_each, node.images - first_image)),
         image_pixels(node.image_pixels) {}
@@ -27,9 +28,10 @@ struct ImageColumns {
 };
 
 // Copies pixels' rows, which are the product's columns.
+template <typename T>
 class HeadPixels {
  public:
-  __device__ HeadPixels(const HeadPool& node, const ImageColumns& columns)
+  __device__ HeadPixels(const HeadPool<T>& node, const ImageColumns& columns)
       : x_(node.x), columns_(columns), depth_(row_channels(node.in_channels)) {}
 
   __device__ __forceinline__ void load(int tile, int chunk, unsigned char* stage) {
@@ -40,7 +42,7 @@ class HeadPixels {
       if (pixels_[i] < 0) continue;
       unsigned char* const to = stage + piece_offset<kChunk>(column(i), piece);
       if (channel < depth_) {
-        copy_async16(to, x_ + pixels_[i] * depth_ + channel);
+        start_copy16(to, x_ + pixels_[i] * depth_ + channel);
       } else if (channel < round_up(depth_, 16)) {
         *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
       }
@@ -69,7 +71,7 @@ class HeadPixels {
     }
   }
 
-  const uint16_t* const x_;
+  const T* const x_;
   const ImageColumns& columns_;
   const int depth_;
   int64_t pixels_[kMost];  // of the tile that is being loaded; -1: nothing is copied
@@ -78,7 +80,8 @@ class HeadPixels {
 // Maps sums, activates them and adds them up; stores an image's means when it is complete.
 class HeadEnd {
  public:
-  __device__ HeadEnd(const HeadPool& node, const ImageColumns& columns, int first_channel)
+  template <typename T>
+  __device__ HeadEnd(const HeadPool<T>& node, const ImageColumns& columns, int first_channel)
       : columns_(columns), activation_(node.activation), channels_(node.channels), pooled_(node.pooled) {
     const int stride = row_channels(channels_), lane = threadIdx.x & 31;
     first_row_ = first_channel + static_cast<int>(threadIdx.x) / 32 * kRowTiles * 16 + lane / 4;
@@ -143,17 +146,19 @@ class HeadEnd {
   float scale_[kRows] = {}, shift_[kRows] = {}, bound_[kRows] = {}, total_[kRows] = {};
 };
 
+template <typename T>
 __global__ void __launch_bounds__(kPointwiseThreads, 1)
-    head_pool_kernel(const __grid_constant__ Group<HeadPool> group, int images_each, int stages,
+    head_pool_kernel(const __grid_constant__ Group<HeadPool<T>> group, int images_each, int stages,
                      int weight_slots) {
+  if (!computes<T>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   unsigned char* const weights = shared + stages * kPixelBytes;
-  const HeadPool& node = group.nodes[blockIdx.y];
+  const HeadPool<T>& node = group.nodes[blockIdx.y];
   const int first_channel = blockIdx.z * kBlockChannels, depth = row_channels(node.in_channels);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rows = stages * kPixelBytes + warp * kRowTiles * 16 * kChunk * 2 + lane_rows_offset<kChunk>();
   const ImageColumns columns(node, images_each);
-  HeadPixels source(node, columns);
+  HeadPixels<T> source(node, columns);
   HeadEnd end(node, columns, first_channel);
   float sums[kRowTiles][kColumnTiles][4] = {};
   run_pipeline(
@@ -166,9 +171,9 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
       },
       [](int, int, int) {},
       [&](int chunk, int stage, int slot) {
-        multiply_chunk<false, kChunk>(sums, shared, rows + slot * kWeightBytes,
-                                      lane_columns_offset<kChunk>() + stage * kPixelBytes,
-                                      ceil_div(depth - chunk * kChunk, 16));
+        multiply_chunk<T, kChunk>(sums, shared, rows + slot * kWeightBytes,
+                                  lane_columns_offset<kChunk>() + stage * kPixelBytes,
+                                  ceil_div(depth - chunk * kChunk, 16));
       },
       [&](int) {
         end.add_tile(sums);
@@ -181,8 +186,9 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
 
 }  // namespace
 
-void head_pool(const Group<HeadPool>& group, Stream stream) {
-  const HeadPool& node = group.nodes[0];
+template <typename T>
+void head_pool(const Group<HeadPool<T>>& group, Stream stream) {
+  const HeadPool<T>& node = group.nodes[0];
   if (node.images == 0) return;
   int depth = 0;
   for (int i = 0; i < group.count; ++i) depth = std::max(depth, row_channels(group.nodes[i].in_channels));
@@ -192,9 +198,12 @@ void head_pool(const Group<HeadPool>& group, Stream stream) {
   const int slices = ceil_div(row_channels(node.channels), kBlockChannels);
   const int blocks = std::max(1, 4 * multiprocessors() / (slices * group.count));
   const int images_each = ceil_div(node.images, std::min(node.images, blocks));
-  GREEDYNAS_LAUNCH(head_pool_kernel, dim3(ceil_div(node.images, images_each), group.count, slices),
+  GREEDYNAS_LAUNCH((head_pool_kernel<T>), dim3(ceil_div(node.images, images_each), group.count, slices),
                    dim3(kPointwiseThreads), plan.bytes, stream, group, images_each, plan.stages,
                    plan.weight_slots);
 }
+
+template void head_pool(const Group<HeadPool<BFloat16>>&, Stream);
+template void head_pool(const Group<HeadPool<Half>>&, Stream);
 
 }  // namespace greedynas::cuda

@@ -2,13 +2,16 @@
 // them. No torch, no CUDA header: the chain that drives them is plain C++, and so is the emulation that
 // executes them on the host (tests/emulation).
 //
-// Feature maps are bfloat16 in NHWC: a row of row_channels(C) channels per pixel, the padding zero. The
-// outputs of depthwise convolutions are half-precision numbers in such rows. All of them begin at multiples
-// of 16 bytes.
+// Feature maps are of a type T, BFloat16, Half or float, in NHWC: a row of row_channels(C) channels per
+// pixel, the padding zero. All of them begin at multiples of 16 bytes. Structs and launches that touch them
+// are templates on T; sums are float whatever T is. Instantiations for float are in files of their own,
+// float_*.cu; Half runs on compute capability 7.5, BFloat16 needs 8.0.
 //
 // Half precision has few exponents. What is stored in it is multiplied by powers of two, channel by channel:
-// normalised values by BatchNorm::factor, depthwise weights by a factor of their own (pack.cu). A depthwise
-// output is thus `stored_factor` times what it stands for, and the BatchNorm after it takes that away again.
+// normalised values before a depthwise convolution or a projection by BatchNorm::factor, rows of weights by a
+// factor of their own (pack.cu). What is computed from such weights, a convolution's sums or its stored
+// output, is thus `stored_factor` times what it stands for, and the BatchNorm after it takes that away again.
+// Only finished maps are what they stand for. Types with more exponents are treated alike.
 //
 // Partial sums of statistics lie as [unit][4][row_channels(C)]: pilot, sum, squares, count. Sums and squares
 // are of the distances from the pilot, a value that the unit has seen, so that nothing cancels. A unit is
@@ -40,6 +43,33 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 // Channels of a pixel's row in memory, and of everything that is kept per channel.
 constexpr int row_channels(int channels) { return round_up(channels, 8); }
 
+// ---- types of maps
+
+// As they lie in memory; arithmetic is in device.h and numbers.h.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Stored: of depthwise convolutions' outputs, and of the weights of depthwise convolutions and projections.
+// Weight: of all other convolutions.
+template <typename T>
+struct MapOf {
+  using Stored = Half;
+  using Weight = T;
+};
+template <>
+struct MapOf<float> {
+  using Stored = float;
+  using Weight = float;
+};
+template <typename T>
+using StoredOf = typename MapOf<T>::Stored;
+template <typename T>
+using WeightOf = typename MapOf<T>::Weight;
+
 // ---- statistics (statistics.cu)
 
 // All arrays are of row_channels(channels), padded with zeros (factor: with ones).
@@ -58,13 +88,13 @@ struct BatchNorm {
 
 // BatchNorm from the statistics of the batch, or, where `mean` is not null, from known ones.
 struct NormAffine {
-  const float* partials;  // [units][4][row_channels]
-  const float* mean;      // known statistics, or null
-  const float* variance;  // biased
-  const float*
-      stored_factor;  // what the summed values were multiplied by; null: 1. Known statistics are never.
-  float* affine;      // written; maps stored values
-  float* keep;        // written: mean and biased variance [2][row_channels], not multiplied; or null
+  const float* partials;       // [units][4][row_channels]
+  const float* mean;           // known statistics, or null
+  const float* variance;       // biased
+  const float* stored_factor;  // what the summed values were multiplied by, powers of two; null: 1. Known
+                               // statistics are never.
+  float* affine;               // written; maps stored values
+  float* keep;                 // written: mean and biased variance [2][row_channels], not multiplied; or null
   BatchNorm norm;
   int units, channels;
   int activation;  // Activation (choice_block.h) after the affine map
@@ -73,65 +103,76 @@ void norm_affine(const Group<NormAffine>& group, Stream stream);
 
 // BatchNorm after a pointwise convolution, from the moments of the convolution's input: mean W m, variance
 // diag(W S W').
+template <typename T>
 struct PointwiseAffine {
-  const float* mean;        // [row_channels(in)]
-  const float* covariance;  // [row_channels(in)][row_channels(in)], biased, all of it
-  const uint16_t* weight;   // bfloat16 [row_channels(channels)][row_channels(in)]
+  const float* mean;           // [row_channels(in)]
+  const float* covariance;     // [row_channels(in)][row_channels(in)], biased, all of it
+  const WeightOf<T>* weight;   // [row_channels(channels)][row_channels(in)]
+  const float* stored_factor;  // what the weight's rows were multiplied by; null: 1
   float* affine;
   float* keep;  // as in NormAffine
   BatchNorm norm;
   int in_channels, channels;
   int activation;
 };
-void pointwise_affine(const Group<PointwiseAffine>& group, Stream stream);
+template <typename T>
+void pointwise_affine(const Group<PointwiseAffine<T>>& group, Stream stream);
 
 // ---- maps (finish_map.cu)
 
 // map = activation(map * scale + shift) + residual, and the moments of the (rounded) result.
+template <typename T>
 struct FinishMap {
-  uint16_t* map;             // bfloat16 [pixels][row_channels(channels)], read and written
-  const float* affine;       // or null: the map as it is, moments alone
-  const uint16_t* residual;  // as map, or null
-  float* mean;               // written [row_channels], or null: no moments
-  float* covariance;         // written [row_channels][row_channels], biased
-  float* partials;           // working memory of finish_map_floats() floats where there are moments
+  T* map;               // [pixels][row_channels(channels)], read and written
+  const float* affine;  // or null: the map as it is, moments alone
+  const T* residual;    // as map, or null
+  float* mean;          // written [row_channels], or null: no moments
+  float* covariance;    // written [row_channels][row_channels], biased
+  float* partials;      // working memory of finish_map_floats() floats where there are moments
   int64_t pixels;
   int channels;
   int activation;
 };
+template <typename T>
 int64_t finish_map_floats(int64_t pixels, int channels);
-void finish_map(const Group<FinishMap>& group, Stream stream);  // nodes of equal pixels and channels
+template <typename T>
+void finish_map(const Group<FinishMap<T>>& group, Stream stream);  // nodes of equal pixels and channels
 
 // ---- inverted bottlenecks (expand_depthwise.cu, squeeze_excite.cu, project.cu)
 
 // expand -> BatchNorm, activation -> depthwise convolution, padded by kernel / 2. The expanded map never
 // reaches memory. Nodes of a group differ in pointers and hidden channels alone.
+template <typename T>
 struct ExpandDepthwise {
-  const uint16_t* x;          // bfloat16 [images][height][width][row_channels(in)]
-  const uint16_t* expand;     // bfloat16 [row_channels(hidden)][row_channels(in)]
-  const float* affine;        // [3][row_channels(hidden)]
-  const uint16_t* depthwise;  // half [kernel * kernel][row_channels(hidden)]
-  uint16_t* d;                // written: half [images][out height][out width][row_channels(hidden)]
-  float* partials;            // written, of what was stored; or null
+  const T* x;                    // [images][height][width][row_channels(in)]
+  const WeightOf<T>* expand;     // [row_channels(hidden)][row_channels(in)]
+  const float* affine;           // [3][row_channels(hidden)]
+  const StoredOf<T>* depthwise;  // [kernel * kernel][row_channels(hidden)]
+  StoredOf<T>* d;                // written [images][out height][out width][row_channels(hidden)]
+  float* partials;               // written, of what was stored; or null
   int images, height, width;
   int in_channels, hidden_channels;
   int kernel, stride;  // 3, 5 or 7; 1 or 2
   int activation;
 };
-// Units of `partials`: never more than this, whatever the group.
-int expand_depthwise_units(const ExpandDepthwise& node);
-void expand_depthwise(const Group<ExpandDepthwise>& group, Stream stream);
+// Units of `partials`, whatever the group.
+template <typename T>
+int expand_depthwise_units(const ExpandDepthwise<T>& node);
+template <typename T>
+void expand_depthwise(const Group<ExpandDepthwise<T>>& group, Stream stream);
 
 // Mean over each image of activation(d * scale + shift), not multiplied by the factor.
+template <typename Stored>
 struct Squeeze {
-  const uint16_t* d;    // half [images][image_pixels][row_channels(channels)]
+  const Stored* d;      // [images][image_pixels][row_channels(channels)]
   const float* affine;  // [3][row_channels(channels)]
   const float* factor;  // of the values that the affine map gives; null: 1
   float* pooled;        // written [images][row_channels(channels)]
   int images, image_pixels, channels;
   int activation;
 };
-void squeeze(const Group<Squeeze>& group, Stream stream);
+template <typename Stored>
+void squeeze(const Group<Squeeze<Stored>>& group, Stream stream);
 
 enum LinearActivation : int { kNoActivation, kLinearRelu, kLinearHsigmoid, kLinearSigmoid };
 
@@ -149,64 +190,73 @@ void linear(const Group<Linear>& group, Stream stream);
 
 // What becomes of a pointwise convolution's sums: stored as they are, rounded, with their statistics; or,
 // where `affine` is not null, mapped, activated, and the residual added.
+template <typename T>
 struct PointwiseOutput {
-  uint16_t* y;               // written: bfloat16 [pixels][row_channels(channels)]
-  float* partials;           // written, of what was stored; or null
-  const float* affine;       // [3][row_channels(channels)] or null
-  const uint16_t* residual;  // as y, or null
-  const float* factor;       // what sums are multiplied by first [row_channels(channels)]; null: 1
+  T* y;                 // written [pixels][row_channels(channels)]
+  float* partials;      // written, of what was stored; or null
+  const float* affine;  // [3][row_channels(channels)] or null
+  const T* residual;    // as y, or null
   int channels;
   int activation;
 };
-int pointwise_units(int64_t pixels);  // of partials: never more than this
+template <typename T>
+int pointwise_units(int64_t pixels);  // of partials
 
 // y = W activation(d * scale + shift) * gates
+template <typename T>
 struct Project {
-  const uint16_t* d;       // half [pixels][row_channels(hidden)]
-  const float* affine;     // [3][row_channels(hidden)]
-  const float* gates;      // [images][row_channels(hidden)], or null
-  const uint16_t* weight;  // half [row_channels(channels)][row_channels(hidden)]
-  PointwiseOutput out;
+  const StoredOf<T>* d;       // [pixels][row_channels(hidden)]
+  const float* affine;        // [3][row_channels(hidden)]
+  const float* gates;         // [images][row_channels(hidden)], or null
+  const StoredOf<T>* weight;  // [row_channels(channels)][row_channels(hidden)]
+  PointwiseOutput<T> out;
   int64_t pixels;
   int image_pixels, hidden_channels;
   int activation;  // of what d is mapped to
 };
-void project(const Group<Project>& group, Stream stream);  // nodes of equal pixels, channels and activation
+template <typename T>
+void project(const Group<Project<T>>& group, Stream stream);  // of equal pixels, channels and activation
 
 // ---- other convolutions (conv_bn.cu)
 
 // Every stride-th pixel of a map times a matrix.
+template <typename T>
 struct StridedConv {
-  const uint16_t* x;       // bfloat16 [images][height][width][row_channels(in)]
-  const uint16_t* weight;  // bfloat16 [row_channels(channels)][row_channels(in)]
-  PointwiseOutput out;
+  const T* x;                 // [images][height][width][row_channels(in)]
+  const WeightOf<T>* weight;  // [row_channels(channels)][row_channels(in)]
+  PointwiseOutput<T> out;
   int images, height, width, in_channels, stride;
 };
-void strided_conv(const Group<StridedConv>& group, Stream stream);
+template <typename T>
+void strided_conv(const Group<StridedConv<T>>& group, Stream stream);
 
-// Dense convolution of the images themselves, padded by kernel / 2; they are rounded to bfloat16.
+// Dense convolution of the images themselves, padded by kernel / 2; they are rounded to T.
+template <typename T>
 struct StemConv {
-  const float* images;     // of any strides
-  int64_t strides[4];      // of image, channel, row, column, in elements
-  const uint16_t* weight;  // bfloat16 [row_channels(channels)][round_up(kernel * kernel * in, 16)], a row as
-                           // [ky][kx][channel], zeros behind
-  PointwiseOutput out;
+  const float* images;        // of any strides
+  int64_t strides[4];         // of image, channel, row, column, in elements
+  const WeightOf<T>* weight;  // [row_channels(channels)][round_up(kernel * kernel * in, 16)], a row as
+                              // [ky][kx][channel], zeros behind
+  PointwiseOutput<T> out;
   int images_count, height, width, in_channels, kernel, stride;
 };
-void stem_conv(const StemConv& node, Stream stream);
+template <typename T>
+void stem_conv(const StemConv<T>& node, Stream stream);
 
 // ---- head and loss (head.cu, path_cross_entropy.cu, select_top_k.cu)
 
 // Mean over each image of activation(x W' * scale + shift); the map is not stored.
+template <typename T>
 struct HeadPool {
-  const uint16_t* x;       // bfloat16 [images][image_pixels][row_channels(in)]
-  const uint16_t* weight;  // bfloat16 [row_channels(channels)][row_channels(in)]
-  const float* affine;     // [3][row_channels(channels)], factor 1
-  float* pooled;           // written [images][row_channels(channels)]
+  const T* x;                 // [images][image_pixels][row_channels(in)]
+  const WeightOf<T>* weight;  // [row_channels(channels)][row_channels(in)]
+  const float* affine;        // [3][row_channels(channels)], factor 1
+  float* pooled;              // written [images][row_channels(channels)]
   int images, image_pixels, in_channels, channels;
   int activation;
 };
-void head_pool(const Group<HeadPool>& group, Stream stream);
+template <typename T>
+void head_pool(const Group<HeadPool<T>>& group, Stream stream);
 
 struct PathCrossEntropy {
   const float* logits;     // [paths][images][classes], contiguous
@@ -238,34 +288,42 @@ struct PackNorm {
 };
 void pack_norms(const Group<PackNorm>& group, Stream stream);
 
-// A pointwise (or dense) convolution in bfloat16: [rows][columns] -> [row_channels(rows)][packed_columns].
+// A pointwise (or dense) convolution: [rows][columns] -> [row_channels(rows)][packed_columns].
+template <typename T>
 struct PackPointwise {
-  const float* weight;  // [rows][in][taps]; null: the identity matrix
-  uint16_t* packed;     // written [row_channels(rows)][packed_columns], a row as [taps][in], zeros behind
+  const float* weight;   // [rows][in][taps]; null: the identity matrix
+  WeightOf<T>* packed;   // written [row_channels(rows)][packed_columns], a row as [taps][in], zeros behind
+  float* stored_factor;  // written [row_channels(rows)]: the powers of two that bring a row's largest weight
+                         // to [0.5, 1), and that rows are multiplied by; null: they are not
   int rows, in_channels, taps, packed_columns;
 };
-void pack_pointwise(const Group<PackPointwise>& group, Stream stream);
+template <typename T>
+void pack_pointwise(const Group<PackPointwise<T>>& group, Stream stream);
 
-// A depthwise convolution in half precision, each channel multiplied by the power of two that brings its
-// largest weight to [0.5, 1).
+// A depthwise convolution, each channel multiplied by the power of two that brings its largest weight to
+// [0.5, 1).
+template <typename Stored>
 struct PackDepthwise {
   const float* weight;         // [channels][taps]
   const float* before_factor;  // of what the weights meet [row_channels], or null
-  uint16_t* packed;            // written: half [taps][row_channels(channels)]
+  Stored* packed;              // written [taps][row_channels(channels)]
   float* stored_factor;        // written [row_channels]: before_factor times the channel's power of two
   int channels, taps;
 };
-void pack_depthwise(const Group<PackDepthwise>& group, Stream stream);
+template <typename Stored>
+void pack_depthwise(const Group<PackDepthwise<Stored>>& group, Stream stream);
 
-// A projection in half precision: columns divided by the factors of what they meet, rows multiplied by the
-// powers of two that then bring their largest weight to [0.5, 1).
+// A projection: columns divided by the factors of what they meet, rows multiplied by the powers of two that
+// then bring their largest weight to [0.5, 1).
+template <typename Stored>
 struct PackProject {
   const float* weight;         // [rows][columns]
   const float* column_factor;  // [row_channels(columns)] or null
-  uint16_t* packed;            // written: half [row_channels(rows)][row_channels(columns)]
-  float* factor;               // written [row_channels(rows)]: what sums have to be multiplied by
+  Stored* packed;              // written [row_channels(rows)][row_channels(columns)]
+  float* stored_factor;        // written [row_channels(rows)]: the rows' powers of two
   int rows, columns;
 };
-void pack_project(const Group<PackProject>& group, Stream stream);
+template <typename Stored>
+void pack_project(const Group<PackProject<Stored>>& group, Stream stream);
 
 }  // namespace greedynas::cuda

@@ -1,5 +1,6 @@
 // The kernels one by one, for tests and benchmarks: a struct of kernels.h is a Python class whose addresses
-// are integers, and a launch takes a list of them and a stream.
+// are integers, and a launch takes a list of them and a stream. What is a template on the type of maps is in
+// a submodule for each type: bf16 and fp16.
 #include "kernels_module.h"
 
 #include <pybind11/stl.h>
@@ -89,11 +90,9 @@ void launch(py::module_& module, const char* name, void (*function)(const Argume
       py::arg("arguments"), py::arg("stream") = 0);
 }
 
-}  // namespace
-
 #define MEMBER(name) (#name, &S::name)
 
-void bind_kernels(py::module_& module) {
+void bind_untyped(py::module_& module) {
   {
     using S = BatchNorm;
     Fields<S>(module, "BatchNorm") MEMBER(gamma) MEMBER(beta) MEMBER(factor) MEMBER(eps);
@@ -105,67 +104,10 @@ void bind_kernels(py::module_& module) {
     launch(module, "norm_affine", norm_affine);
   }
   {
-    using S = PointwiseAffine;
-    Fields<S>(module, "PointwiseAffine") MEMBER(mean) MEMBER(covariance) MEMBER(weight) MEMBER(affine)
-        MEMBER(keep) MEMBER(norm) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
-    launch(module, "pointwise_affine", pointwise_affine);
-  }
-  {
-    using S = FinishMap;
-    Fields<S>(module, "FinishMap") MEMBER(map) MEMBER(affine) MEMBER(residual) MEMBER(mean) MEMBER(covariance)
-        MEMBER(partials) MEMBER(pixels) MEMBER(channels) MEMBER(activation);
-    module.def("finish_map_floats", finish_map_floats, py::arg("pixels"), py::arg("channels"));
-    launch(module, "finish_map", finish_map);
-  }
-  {
-    using S = ExpandDepthwise;
-    Fields<S>(module, "ExpandDepthwise") MEMBER(x) MEMBER(expand) MEMBER(affine) MEMBER(depthwise) MEMBER(d)
-        MEMBER(partials) MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(in_channels)
-            MEMBER(hidden_channels) MEMBER(kernel) MEMBER(stride) MEMBER(activation);
-    module.def("expand_depthwise_units", expand_depthwise_units, py::arg("node"));
-    launch(module, "expand_depthwise", expand_depthwise);
-  }
-  {
-    using S = Squeeze;
-    Fields<S>(module, "Squeeze") MEMBER(d) MEMBER(affine) MEMBER(factor) MEMBER(pooled) MEMBER(images)
-        MEMBER(image_pixels) MEMBER(channels) MEMBER(activation);
-    launch(module, "squeeze", squeeze);
-  }
-  {
     using S = Linear;
     Fields<S>(module, "Linear") MEMBER(input) MEMBER(weight) MEMBER(bias) MEMBER(output) MEMBER(rows)
         MEMBER(depth) MEMBER(in_stride) MEMBER(channels) MEMBER(out_stride) MEMBER(activation);
     launch(module, "linear", linear);
-  }
-  {
-    using S = PointwiseOutput;
-    Fields<S>(module, "PointwiseOutput") MEMBER(y) MEMBER(partials) MEMBER(affine) MEMBER(residual)
-        MEMBER(factor) MEMBER(channels) MEMBER(activation);
-    module.def("pointwise_units", pointwise_units, py::arg("pixels"));
-  }
-  {
-    using S = Project;
-    Fields<S>(module, "Project") MEMBER(d) MEMBER(affine) MEMBER(gates) MEMBER(weight) MEMBER(out)
-        MEMBER(pixels) MEMBER(image_pixels) MEMBER(hidden_channels) MEMBER(activation);
-    launch(module, "project", project);
-  }
-  {
-    using S = StridedConv;
-    Fields<S>(module, "StridedConv") MEMBER(x) MEMBER(weight) MEMBER(out) MEMBER(images) MEMBER(height)
-        MEMBER(width) MEMBER(in_channels) MEMBER(stride);
-    launch(module, "strided_conv", strided_conv);
-  }
-  {
-    using S = StemConv;
-    Fields<S>(module, "StemConv") MEMBER(images) MEMBER(strides) MEMBER(weight) MEMBER(out)
-        MEMBER(images_count) MEMBER(height) MEMBER(width) MEMBER(in_channels) MEMBER(kernel) MEMBER(stride);
-    launch(module, "stem_conv", stem_conv);
-  }
-  {
-    using S = HeadPool;
-    Fields<S>(module, "HeadPool") MEMBER(x) MEMBER(weight) MEMBER(affine) MEMBER(pooled) MEMBER(images)
-        MEMBER(image_pixels) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
-    launch(module, "head_pool", head_pool);
   }
   {
     using S = PathCrossEntropy;
@@ -184,24 +126,105 @@ void bind_kernels(py::module_& module) {
         MEMBER(factor) MEMBER(channels);
     launch(module, "pack_norms", pack_norms);
   }
+}
+
+template <typename T>
+void bind_of_maps(py::module_& module) {
   {
-    using S = PackPointwise;
-    Fields<S>(module, "PackPointwise") MEMBER(weight) MEMBER(packed) MEMBER(rows) MEMBER(in_channels)
-        MEMBER(taps) MEMBER(packed_columns);
-    launch(module, "pack_pointwise", pack_pointwise);
+    using S = PointwiseAffine<T>;
+    Fields<S>(module, "PointwiseAffine") MEMBER(mean) MEMBER(covariance) MEMBER(weight) MEMBER(stored_factor)
+        MEMBER(affine) MEMBER(keep) MEMBER(norm) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
+    launch<PointwiseAffine<T>>(module, "pointwise_affine", pointwise_affine);
   }
   {
-    using S = PackDepthwise;
+    using S = FinishMap<T>;
+    Fields<S>(module, "FinishMap") MEMBER(map) MEMBER(affine) MEMBER(residual) MEMBER(mean) MEMBER(covariance)
+        MEMBER(partials) MEMBER(pixels) MEMBER(channels) MEMBER(activation);
+    module.def("finish_map_floats", finish_map_floats<T>, py::arg("pixels"), py::arg("channels"));
+    launch<FinishMap<T>>(module, "finish_map", finish_map);
+  }
+  {
+    using S = ExpandDepthwise<T>;
+    Fields<S>(module, "ExpandDepthwise") MEMBER(x) MEMBER(expand) MEMBER(affine) MEMBER(depthwise) MEMBER(d)
+        MEMBER(partials) MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(in_channels)
+            MEMBER(hidden_channels) MEMBER(kernel) MEMBER(stride) MEMBER(activation);
+    module.def("expand_depthwise_units", expand_depthwise_units<T>, py::arg("node"));
+    launch<ExpandDepthwise<T>>(module, "expand_depthwise", expand_depthwise);
+  }
+  {
+    using S = PointwiseOutput<T>;
+    Fields<S>(module, "PointwiseOutput") MEMBER(y) MEMBER(partials) MEMBER(affine) MEMBER(residual)
+        MEMBER(channels) MEMBER(activation);
+    module.def("pointwise_units", pointwise_units<T>, py::arg("pixels"));
+  }
+  {
+    using S = Project<T>;
+    Fields<S>(module, "Project") MEMBER(d) MEMBER(affine) MEMBER(gates) MEMBER(weight) MEMBER(out)
+        MEMBER(pixels) MEMBER(image_pixels) MEMBER(hidden_channels) MEMBER(activation);
+    launch<Project<T>>(module, "project", project);
+  }
+  {
+    using S = StridedConv<T>;
+    Fields<S>(module, "StridedConv") MEMBER(x) MEMBER(weight) MEMBER(out) MEMBER(images) MEMBER(height)
+        MEMBER(width) MEMBER(in_channels) MEMBER(stride);
+    launch<StridedConv<T>>(module, "strided_conv", strided_conv);
+  }
+  {
+    using S = StemConv<T>;
+    Fields<S>(module, "StemConv") MEMBER(images) MEMBER(strides) MEMBER(weight) MEMBER(out)
+        MEMBER(images_count) MEMBER(height) MEMBER(width) MEMBER(in_channels) MEMBER(kernel) MEMBER(stride);
+    launch(module, "stem_conv", stem_conv<T>);
+  }
+  {
+    using S = HeadPool<T>;
+    Fields<S>(module, "HeadPool") MEMBER(x) MEMBER(weight) MEMBER(affine) MEMBER(pooled) MEMBER(images)
+        MEMBER(image_pixels) MEMBER(in_channels) MEMBER(channels) MEMBER(activation);
+    launch<HeadPool<T>>(module, "head_pool", head_pool);
+  }
+  {
+    using S = PackPointwise<T>;
+    Fields<S>(module, "PackPointwise") MEMBER(weight) MEMBER(packed) MEMBER(stored_factor) MEMBER(rows)
+        MEMBER(in_channels) MEMBER(taps) MEMBER(packed_columns);
+    launch<PackPointwise<T>>(module, "pack_pointwise", pack_pointwise);
+  }
+}
+
+// What several types of maps share.
+template <typename Stored>
+void bind_of_stored(py::module_& module) {
+  {
+    using S = Squeeze<Stored>;
+    Fields<S>(module, "Squeeze") MEMBER(d) MEMBER(affine) MEMBER(factor) MEMBER(pooled) MEMBER(images)
+        MEMBER(image_pixels) MEMBER(channels) MEMBER(activation);
+    launch<Squeeze<Stored>>(module, "squeeze", squeeze);
+  }
+  {
+    using S = PackDepthwise<Stored>;
     Fields<S>(module, "PackDepthwise") MEMBER(weight) MEMBER(before_factor) MEMBER(packed)
         MEMBER(stored_factor) MEMBER(channels) MEMBER(taps);
-    launch(module, "pack_depthwise", pack_depthwise);
+    launch<PackDepthwise<Stored>>(module, "pack_depthwise", pack_depthwise);
   }
   {
-    using S = PackProject;
-    Fields<S>(module, "PackProject") MEMBER(weight) MEMBER(column_factor) MEMBER(packed) MEMBER(factor)
+    using S = PackProject<Stored>;
+    Fields<S>(module, "PackProject") MEMBER(weight) MEMBER(column_factor) MEMBER(packed) MEMBER(stored_factor)
         MEMBER(rows) MEMBER(columns);
-    launch(module, "pack_project", pack_project);
+    launch<PackProject<Stored>>(module, "pack_project", pack_project);
   }
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& module) {
+  bind_untyped(module);
+  py::module_ halves = module.def_submodule("fp16", "For maps in half precision.");
+  bind_of_stored<Half>(halves);
+  py::module_ bfloat16 = module.def_submodule("bf16", "For maps in bfloat16.");
+  for (const char* name :
+       {"Squeeze", "squeeze", "PackDepthwise", "pack_depthwise", "PackProject", "pack_project"}) {
+    bfloat16.attr(name) = halves.attr(name);
+  }
+  bind_of_maps<Half>(halves);
+  bind_of_maps<BFloat16>(bfloat16);
 }
 
 }  // namespace greedynas::cuda

@@ -12,11 +12,11 @@ class Pieces {
  public:
   explicit Pieces(char* memory) : memory_(memory) {}
 
-  template <typename T>
-  T* take(int64_t count) {
+  template <typename V>
+  V* take(int64_t count) {
     constexpr int64_t kAlignment = 256;
-    T* piece = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    bytes_ += (count * int64_t{sizeof(T)} + kAlignment - 1) / kAlignment * kAlignment;
+    V* piece = memory_ ? reinterpret_cast<V*>(memory_ + bytes_) : nullptr;
+    bytes_ += (count * int64_t{sizeof(V)} + kAlignment - 1) / kAlignment * kAlignment;
     return piece;
   }
   int64_t bytes() const { return bytes_; }
@@ -38,7 +38,8 @@ int dense_columns(const OperationSource& o) {
 
 }  // namespace
 
-PackedChain::PackedChain(const ChainSource& source) {
+template <typename T>
+PackedChain<T>::PackedChain(const ChainSource& source) {
   stem.source = source.stem;
   head.source = source.head;
   for (const OperationSource& o : source.stem_blocks) stem_blocks.push_back({o});
@@ -46,16 +47,18 @@ PackedChain::PackedChain(const ChainSource& source) {
   bytes_ = place(nullptr);
 }
 
-std::vector<PackedOperation*> PackedChain::all() {
-  std::vector<PackedOperation*> result{&stem, &head};
-  for (PackedOperation& op : stem_blocks) result.push_back(&op);
-  for (PackedOperation& op : operations) result.push_back(&op);
+template <typename T>
+std::vector<PackedOperation<T>*> PackedChain<T>::all() {
+  std::vector<PackedOperation<T>*> result{&stem, &head};
+  for (PackedOperation<T>& op : stem_blocks) result.push_back(&op);
+  for (PackedOperation<T>& op : operations) result.push_back(&op);
   return result;
 }
 
-int64_t PackedChain::place(char* memory) {
+template <typename T>
+int64_t PackedChain<T>::place(char* memory) {
   Pieces pieces(memory);
-  for (PackedOperation* op : all()) {
+  for (PackedOperation<T>* op : all()) {
     const OperationSource& o = op->source;
     const int hidden = row_channels(int_of(o.hidden_channels)), in = row_channels(int_of(o.in_channels)),
               out = row_channels(int_of(o.out_channels));
@@ -69,34 +72,34 @@ int64_t PackedChain::place(char* memory) {
       const bool halves = stage != kProjectBn || (op == &stem && stem_passes_on());
       norm.factor = halves ? pieces.take<float>(channels) : nullptr;
       norm.eps = static_cast<float>(o.batch_norms[stage].eps);
+      op->stored_factor[stage] = pieces.take<float>(channels);
       if (o.batch_norms[stage].mean) {
         op->running_mean[stage] = pieces.take<float>(channels);
         op->running_variance[stage] = pieces.take<float>(channels);
       }
     }
     if (o.kind == kInvertedBottleneck) {
-      op->expand = pieces.take<uint16_t>(int64_t{hidden} * in);
-      op->depthwise = pieces.take<uint16_t>(o.kernel * o.kernel * hidden);
-      op->project = pieces.take<uint16_t>(int64_t{out} * hidden);
-      op->stored_factor = pieces.take<float>(hidden);
-      op->project_factor = pieces.take<float>(out);
+      op->expand = pieces.take<WeightOf<T>>(int64_t{hidden} * in);
+      op->depthwise = pieces.take<StoredOf<T>>(o.kernel * o.kernel * hidden);
+      op->project = pieces.take<StoredOf<T>>(int64_t{out} * hidden);
       // The map, and the ones and zeros that it is made from.
       if (!o.expand) op->unit_affine = pieces.take<float>(5 * hidden);
     } else if (o.kind == kConvBn) {
-      op->project = pieces.take<uint16_t>(int64_t{out} * dense_columns(o));
+      op->dense = pieces.take<WeightOf<T>>(int64_t{out} * dense_columns(o));
     }
   }
   return pieces.bytes();
 }
 
-void PackedChain::pack(char* memory, Stream stream) {
+template <typename T>
+void PackedChain<T>::pack(char* memory, Stream stream) {
   place(memory);
   std::vector<PackNorm> norms;
-  std::vector<PackPointwise> pointwise;
-  std::vector<PackDepthwise> depthwise;
-  std::vector<PackProject> project;
+  std::vector<PackPointwise<T>> pointwise;
+  std::vector<PackDepthwise<StoredOf<T>>> depthwise;
+  std::vector<PackProject<StoredOf<T>>> project;
   std::vector<NormAffine> units;
-  for (PackedOperation* op : all()) {
+  for (PackedOperation<T>* op : all()) {
     const OperationSource& o = op->source;
     const int hidden = int_of(o.hidden_channels), in = int_of(o.in_channels), out = int_of(o.out_channels);
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
@@ -114,11 +117,12 @@ void PackedChain::pack(char* memory, Stream stream) {
       const bool after_stem = !stem_blocks.empty() && op == stem_blocks.data() && stem_passes_on();
       const float* before = op->norms[kExpandBn].factor;
       if (after_stem) before = stem.norms[kProjectBn].factor;
-      pointwise.push_back({floats(o.expand), op->expand, hidden, in, 1, row_channels(in)});
-      depthwise.push_back({floats(o.depthwise), before, op->depthwise, op->stored_factor, hidden,
-                           int_of(o.kernel * o.kernel)});
-      project.push_back(
-          {floats(o.project), op->norms[kDepthwiseBn].factor, op->project, op->project_factor, out, hidden});
+      pointwise.push_back(
+          {floats(o.expand), op->expand, op->stored_factor[kExpandBn], hidden, in, 1, row_channels(in)});
+      depthwise.push_back({floats(o.depthwise), before, op->depthwise, op->stored_factor[kDepthwiseBn],
+                           hidden, int_of(o.kernel * o.kernel)});
+      project.push_back({floats(o.project), op->norms[kDepthwiseBn].factor, op->project,
+                         op->stored_factor[kProjectBn], out, hidden});
       if (op->unit_affine) {
         float* ones = op->unit_affine + 3 * row_channels(hidden);
         float* zeros = ones + row_channels(hidden);
@@ -133,8 +137,8 @@ void PackedChain::pack(char* memory, Stream stream) {
         units.push_back(unit);
       }
     } else if (o.kind == kConvBn) {
-      pointwise.push_back(
-          {floats(o.project), op->project, out, in, int_of(o.kernel * o.kernel), dense_columns(o)});
+      pointwise.push_back({floats(o.project), op->dense, op->stored_factor[kProjectBn], out, in,
+                           int_of(o.kernel * o.kernel), dense_columns(o)});
     }
   }
   // Factors before what is divided by them.
@@ -144,5 +148,8 @@ void PackedChain::pack(char* memory, Stream stream) {
   launch_groups(project, pack_project, stream);
   launch_groups(units, norm_affine, stream);
 }
+
+template class PackedChain<BFloat16>;
+template class PackedChain<Half>;
 
 }  // namespace greedynas::cuda

@@ -12,14 +12,16 @@ namespace greedynas::cuda {
 inline int int_of(int64_t value) { return static_cast<int>(value); }
 
 // Addresses are null until the weights are packed, and where the operation has no such part.
+template <typename T>
 struct PackedOperation {
   OperationSource source;
-  uint16_t *expand = nullptr, *depthwise = nullptr, *project = nullptr;
+  WeightOf<T>* expand = nullptr;
+  StoredOf<T>*depthwise = nullptr, *project = nullptr;
+  WeightOf<T>* dense = nullptr;  // of a kConvBn
   BatchNorm norms[kBatchNormStages] = {};
   // Stored statistics; null where there are none.
   float *running_mean[kBatchNormStages] = {}, *running_variance[kBatchNormStages] = {};
-  float* stored_factor = nullptr;   // of depthwise outputs
-  float* project_factor = nullptr;  // of the projection's sums
+  float* stored_factor[kBatchNormStages] = {};  // of what each BatchNorm takes
   // Of a block without expansion: its input goes through the identity matrix (`expand`) and this affine map.
   float* unit_affine = nullptr;
 
@@ -28,6 +30,7 @@ struct PackedOperation {
   }
 };
 
+template <typename T>
 class PackedChain {
  public:
   explicit PackedChain(const ChainSource& source);
@@ -40,12 +43,12 @@ class PackedChain {
     return !stem_blocks.empty() && !stem_blocks[0].source.expand && !stem_blocks[0].source.residual;
   }
 
-  PackedOperation stem, head;
-  std::vector<PackedOperation> stem_blocks, operations;
+  PackedOperation<T> stem, head;
+  std::vector<PackedOperation<T>> stem_blocks, operations;
 
  private:
   int64_t place(char* memory);
-  std::vector<PackedOperation*> all();
+  std::vector<PackedOperation<T>*> all();
 
   int64_t bytes_ = 0;
 };

@@ -11,11 +11,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
-#include "choice_block.h"
+#include "activate.h"
 #include "device.h"
 #include "kernels.h"
+#include "numbers.h"
 
 namespace greedynas::cuda {
 
@@ -32,49 +32,6 @@ constexpr int64_t unit_tiles(int64_t pixels) {
   return ceil_div(ceil_div(pixels, int64_t{kTilePixels}), int64_t{kMaxUnits});
 }
 
-// ---- activations
-
-// As kernels.h describes them: of u, which is affine already.
-template <int kActivation>
-__device__ __forceinline__ float activate(float u, float bound) {
-  if constexpr (kActivation == kRelu) {
-    return u < 0.f ? 0.f : u;
-  } else if constexpr (kActivation == kRelu6) {
-    const float positive = u < 0.f ? 0.f : u;
-    return positive > bound ? bound : positive;
-  } else if constexpr (kActivation == kHswish) {
-    return u * __saturatef(fmaf(u, bound, 0.5f));
-  } else if constexpr (kActivation == kSilu) {
-    return __fdividef(u, 1.f + __expf(-u * bound));
-  } else {
-    return u;
-  }
-}
-
-// Calls `function` with the activation as a constant.
-template <typename Function>
-__device__ __forceinline__ void with_activation(int activation, const Function& function) {
-  switch (activation) {
-    case kRelu:
-      return function(std::integral_constant<int, kRelu>{});
-    case kRelu6:
-      return function(std::integral_constant<int, kRelu6>{});
-    case kHswish:
-      return function(std::integral_constant<int, kHswish>{});
-    case kSilu:
-      return function(std::integral_constant<int, kSilu>{});
-    default:
-      return function(std::integral_constant<int, kLinear>{});
-  }
-}
-
-__device__ __forceinline__ void load8(float (&values)[8], const float* from) {
-  const float4 low = __ldg(reinterpret_cast<const float4*>(from));
-  const float4 high = __ldg(reinterpret_cast<const float4*>(from) + 1);
-  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-}
-
 // ---- operands in shared memory
 
 // Where a row's piece of 8 numbers begins, in bytes; rows of kChunk numbers.
@@ -87,19 +44,19 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
 
 // Rows of a matrix, as they are, [rows][stride] in memory: a chunk of kRows of them, those that exist. What
 // lies behind the columns becomes zero as far as it is multiplied.
-template <int kRows, int kChunk>
-__device__ __forceinline__ void load_rows(const uint16_t* matrix, int first_row, int rows, int stride,
-                                          int chunk, unsigned char* shared) {
+template <int kRows, int kChunk, typename T>
+__device__ __forceinline__ void load_rows(const T* matrix, int first_row, int rows, int stride, int chunk,
+                                          unsigned char* shared) {
   constexpr int kPieces = kChunk / 8, kStep = kPointwiseThreads / kPieces;
   const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
   const int column = chunk * kChunk + piece * 8;
-  const uint16_t* const from = matrix + static_cast<int64_t>(first_row + row) * stride + column;
+  const T* const from = matrix + static_cast<int64_t>(first_row + row) * stride + column;
   unsigned char* const to = shared + piece_offset<kChunk>(row, piece);
 #pragma unroll
   for (int i = 0; i < ceil_div(kRows, kStep); ++i) {
     if (row + i * kStep >= min(kRows, rows - first_row)) break;
     if (column < stride) {
-      copy_async16(to + i * kStep * kChunk * 2, from + i * kStep * stride);
+      start_copy16(to + i * kStep * kChunk * 2, from + i * kStep * stride);
     } else if (column < round_up(stride, 16)) {
       *reinterpret_cast<uint4*>(to + i * kStep * kChunk * 2) = uint4{0, 0, 0, 0};
     }
@@ -121,7 +78,7 @@ __device__ __forceinline__ int lane_columns_offset() {
 
 // sums += rows columns', of which a warp has kRowTiles * 16 and kColumnTiles * 8, at offsets in shared memory
 // that include the lane's; `steps` of 16 numbers.
-template <bool kHalf, int kChunk, int kRowTiles, int kColumnTiles>
+template <typename T, int kChunk, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[kRowTiles][kColumnTiles][4],
                                                const unsigned char* shared, int rows, int columns,
                                                int steps) {
@@ -139,11 +96,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[kRowTiles][kColumnT
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 2 && n + i < kColumnTiles; ++i) {
-          if constexpr (kHalf) {
-            multiply_f16(sums[m][n + i], a[m], b[2 * i], b[2 * i + 1]);
-          } else {
-            multiply_bf16(sums[m][n + i], a[m], b[2 * i], b[2 * i + 1]);
-          }
+          Pair<T>::multiply(sums[m][n + i], a[m], b[2 * i], b[2 * i + 1]);
         }
       }
     }
@@ -208,18 +161,18 @@ __device__ __forceinline__ void run_pipeline(int tiles, int chunks, int stages, 
         ++next_tile;
       }
     }
-    commit_async();
+    commit_copies();
   };
   for (int stage = 0; stage + 1 < stages; ++stage) load(stage);
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (stages == 2) {
-        wait_async<0>();
+        wait_for_copies<0>();
       } else if (stages == 3) {
-        wait_async<1>();
+        wait_for_copies<1>();
       } else {
-        wait_async<2>();
+        wait_for_copies<2>();
       }
       finish_pixels(tile, chunk, stage);
       __syncthreads();  // the stage is filled, and the one before has been read
@@ -245,7 +198,7 @@ struct PointwiseTile {
   static constexpr int kPixelBytes = kTilePixels * kChunk * 2;
   static constexpr int kWeightBytes = round_up(kWidth, 16) * kChunk * 2;  // weights are read by 16 rows
 
-  // Results go through shared memory, kStagedRows bfloat16 at a time: the first 16 of each warp, then the
+  // Results go through shared memory, kStagedRows numbers at a time: the first 16 of each warp, then the
   // next ones; or half as many floats. Rows lie an odd number of 16 bytes apart: then no bank is met twice.
   static constexpr int kStagedRows = 16 * kDown;
   static constexpr int kStagedStride = kWidth + (kWidth / 8 % 2 == 0 ? 8 : 0);
@@ -257,8 +210,9 @@ struct PointwiseTile {
 };
 
 // The tile for some output channels: in one pass where they are few enough.
-constexpr int kWidestPass = 192;
-inline int passes_of(int channels) { return ceil_div(row_channels(channels), kWidestPass); }
+inline int passes_of(int channels) {
+  return ceil_div(row_channels(channels), little_shared_memory() ? 160 : 192);
+}
 template <typename Function>
 void with_pointwise_tile(int channels, int depth, const Function& function) {
   const int width = ceil_div(row_channels(channels), passes_of(channels));
@@ -267,6 +221,8 @@ void with_pointwise_tile(int channels, int depth, const Function& function) {
   if (width <= 24) return function(PointwiseTile<24, 64, 1>{});
   if (width <= 32) return function(PointwiseTile<32, 64, 1>{});
   if (width <= 40) return function(PointwiseTile<40, 64, 1>{});
+  // The others do not fit into 64 KB.
+  if (little_shared_memory()) return function(PointwiseTile<160, 32, 2>{});
   if (width <= 64) return function(PointwiseTile<64, 64, 1>{});
   if (width <= 80) return function(PointwiseTile<80, 64, 1>{});
   if (width <= 96) return function(PointwiseTile<96, 64, 1>{});
@@ -276,12 +232,12 @@ void with_pointwise_tile(int channels, int depth, const Function& function) {
 
 // The end of a tile: what becomes of its sums. kMapped: there is an affine map, and no statistics are asked
 // for.
-template <typename Tile, bool kMapped>
+template <typename T, typename Tile, bool kMapped>
 class PointwiseEnd {
  public:
   using Sums = float[Tile::kRowTiles][Tile::kColumnTiles][4];
 
-  __device__ PointwiseEnd(const PointwiseOutput& out, int first_column, unsigned char* staged)
+  __device__ PointwiseEnd(const PointwiseOutput<T>& out, int first_column, unsigned char* staged)
       : out_(out),
         staged_(reinterpret_cast<unsigned*>(staged)),
         stride_(row_channels(out.channels)),
@@ -289,7 +245,6 @@ class PointwiseEnd {
 
   // `first`: the tile's pixel, of `rows`; `is_first`: whether it is the unit's.
   __device__ __forceinline__ void store_tile(Sums& sums, int64_t first, int rows, bool is_first) {
-    if (out_.factor) multiply_by_factor(sums);
     if (first_column_ + Tile::kWidth > out_.channels) clear_padding(sums);
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
@@ -330,7 +285,8 @@ class PointwiseEnd {
     const auto store = [&](int kind, float low, float high) {
       *reinterpret_cast<float2*>(partials + kind * stride_) = float2{low, high};
     };
-    store(0, low_bf16(pilot_), high_bf16(pilot_));
+    const float2 pilot = Pair<T>::unpack(pilot_);
+    store(0, pilot.x, pilot.y);
     store(1, total.x, total.y);
     store(2, total.z, total.w);
     store(3, static_cast<float>(count), static_cast<float>(count));
@@ -349,17 +305,6 @@ class PointwiseEnd {
     return (warp % Tile::kAcross * Tile::kColumnTiles + n) * 8 + lane % 4 * 2;
   }
 
-  __device__ __forceinline__ void multiply_by_factor(Sums& sums) const {
-#pragma unroll
-    for (int n = 0; n < Tile::kColumnTiles; ++n) {
-      const int column = first_column_ + lane_column(n);
-      if (column >= stride_) break;
-      const float2 factor = __ldg(reinterpret_cast<const float2*>(out_.factor + column));
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles * 4; ++i) sums[i / 4][n][i % 4] *= i % 2 == 0 ? factor.x : factor.y;
-    }
-  }
-
   // So that what is not finite in an input does not show there.
   __device__ __forceinline__ void clear_padding(Sums& sums) const {
 #pragma unroll
@@ -375,8 +320,8 @@ class PointwiseEnd {
     unsigned* const to = staged_ + (warp_row() * 16 + lane_row()) * Tile::kStagedStride / 2;
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
-      to[lane_column(n) / 2] = pack_bf16(sums[n][0], sums[n][1]);
-      to[(8 * Tile::kStagedStride + lane_column(n)) / 2] = pack_bf16(sums[n][2], sums[n][3]);
+      to[lane_column(n) / 2] = Pair<T>::pack(sums[n][0], sums[n][1]);
+      to[(8 * Tile::kStagedStride + lane_column(n)) / 2] = Pair<T>::pack(sums[n][2], sums[n][3]);
     }
   }
 
@@ -415,7 +360,7 @@ class PointwiseEnd {
   }
 
   __device__ __forceinline__ void copy_rows(int m, int64_t first, int rows) const {
-    uint16_t* const y = out_.y + first * stride_;
+    T* const y = out_.y + first * stride_;
     for_pieces<Tile::kStagedRows>(m, 0, rows, [&](int row, int column, int at) {
       const unsigned* const from = staged_ + (row * Tile::kStagedStride + column) / 2;
       *reinterpret_cast<uint4*>(y + at) = *reinterpret_cast<const uint4*>(from);
@@ -424,7 +369,7 @@ class PointwiseEnd {
 
   template <int kActivation>
   __device__ __forceinline__ void map_rows(int m, int half, int64_t first, int rows) const {
-    uint16_t* const y = out_.y + first * stride_;
+    T* const y = out_.y + first * stride_;
     for_pieces<Tile::kStagedRows / 2>(
         m, half * (Tile::kStagedRows / 2), rows, [&](int row, int column, int at) {
           const float* const from =
@@ -439,16 +384,12 @@ class PointwiseEnd {
             values[i] = activate<kActivation>(fmaf(from[i], scale[i], shift[i]), bound[i]);
           }
           if (out_.residual) {
-            const uint4 added = *reinterpret_cast<const uint4*>(out_.residual + first * stride_ + at);
-            const unsigned pair[4] = {added.x, added.y, added.z, added.w};
+            float added[8];
+            unpack<T>(added, *reinterpret_cast<const uint4*>(out_.residual + first * stride_ + at));
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              values[i] += i % 2 == 0 ? low_bf16(pair[i / 2]) : high_bf16(pair[i / 2]);
-            }
+            for (int i = 0; i < 8; ++i) values[i] += added[i];
           }
-          *reinterpret_cast<uint4*>(y + at) =
-              uint4{pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                    pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
+          store8(y + at, values);
         });
   }
 
@@ -457,11 +398,11 @@ class PointwiseEnd {
     if (first_row >= Tile::kSummedRows) return;
     const unsigned* const from = staged_ + pair();
     if (sets_pilot) pilot_ = from[0];
-    const float low_pilot = low_bf16(pilot_), high_pilot = high_bf16(pilot_);
+    const float2 pilot = Pair<T>::unpack(pilot_);
 #pragma unroll 4
     for (int row = first_row; row < rows; row += Tile::kSummedRows) {
-      const unsigned values = from[row * Tile::kStagedStride / 2];
-      const float low = low_bf16(values) - low_pilot, high = high_bf16(values) - high_pilot;
+      const float2 values = Pair<T>::unpack(from[row * Tile::kStagedStride / 2]);
+      const float low = values.x - pilot.x, high = values.y - pilot.y;
       sum_[0] += low;
       sum_[1] += high;
       squares_[0] = fmaf(low, low, squares_[0]);
@@ -469,8 +410,8 @@ class PointwiseEnd {
     }
   }
 
-  const PointwiseOutput& out_;
-  unsigned* const staged_;  // bfloat16 [kStagedRows][kStagedStride]
+  const PointwiseOutput<T>& out_;
+  unsigned* const staged_;  // T [kStagedRows][kStagedStride]
   const int stride_, first_column_;
   unsigned pilot_ = 0;
   float sum_[2] = {}, squares_[2] = {};
@@ -497,10 +438,10 @@ struct Unit {
 };
 
 // What a block does. Pixels has load(tile, chunk, stage) and finish(tile, chunk, stage), called in order. The
-// weight is [row_channels(channels)][depth].
-template <typename Tile, bool kHalf, bool kMapped, typename Pixels>
-__device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* weight, int depth,
-                                              const PointwiseOutput& out, const Unit& unit, int pass,
+// weight is [row_channels(channels)][depth], of the same type.
+template <typename Tile, bool kMapped, typename Pixels, typename Number, typename T>
+__device__ __forceinline__ void run_pointwise(Pixels& source, const Number* weight, int depth,
+                                              const PointwiseOutput<T>& out, const Unit& unit, int pass,
                                               int stages, int weight_slots, unsigned char* shared) {
   unsigned char* const weights = shared + stages * Tile::kPixelBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32, first_column = pass * Tile::kWidth;
@@ -509,7 +450,7 @@ __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* we
   const int columns = stages * Tile::kPixelBytes +
                       warp % Tile::kAcross * Tile::kColumnTiles * 8 * Tile::kChunk * 2 +
                       lane_columns_offset<Tile::kChunk>();
-  PointwiseEnd<Tile, kMapped> end(out, first_column, weights + weight_slots * Tile::kWeightBytes);
+  PointwiseEnd<T, Tile, kMapped> end(out, first_column, weights + weight_slots * Tile::kWeightBytes);
 
   float sums[Tile::kRowTiles][Tile::kColumnTiles][4] = {};
   run_pipeline(
@@ -521,9 +462,9 @@ __device__ __forceinline__ void run_pointwise(Pixels& source, const uint16_t* we
       },
       [&](int tile, int chunk, int stage) { source.finish(tile, chunk, shared + stage * Tile::kPixelBytes); },
       [&](int chunk, int stage, int slot) {
-        multiply_chunk<kHalf, Tile::kChunk>(sums, shared, rows + stage * Tile::kPixelBytes,
-                                            columns + slot * Tile::kWeightBytes,
-                                            ceil_div(depth - chunk * Tile::kChunk, 16));
+        multiply_chunk<Number, Tile::kChunk>(sums, shared, rows + stage * Tile::kPixelBytes,
+                                             columns + slot * Tile::kWeightBytes,
+                                             ceil_div(depth - chunk * Tile::kChunk, 16));
       },
       [&](int tile) {
         end.store_tile(sums, unit.first_of(tile), unit.rows_of(tile), tile == 0);
@@ -568,7 +509,7 @@ struct PieceMap {
     if (channel(chunk) < depth) {
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
-        if (row() + i * kStep < rows) copy_async16(to + i * kOffsetStep, from(i));
+        if (row() + i * kStep < rows) start_copy16(to + i * kOffsetStep, from(i));
       }
     } else if (channel(chunk) < round_up(depth, 16)) {
 #pragma unroll

@@ -9,10 +9,10 @@
 namespace greedynas::cuda {
 namespace {
 
-template <int kChunk>
+template <typename T, int kChunk>
 class ProjectPixels {
  public:
-  __device__ ProjectPixels(const Project& node, const Unit& unit)
+  __device__ ProjectPixels(const Project<T>& node, const Unit& unit)
       : unit_(unit),
         d_(node.d),
         affine_(node.affine),
@@ -70,15 +70,7 @@ class ProjectPixels {
         const float2 d = __half22float2(as_half2(pair[i]));
         const float low = fmaf(d.x, scale[2 * i], shift[2 * i]);
         const float high = fmaf(d.y, scale[2 * i + 1], shift[2 * i + 1]);
-        if constexpr (kActivation == kRelu) {
-          pair[i] = pack_half_relu(low, high);
-        } else if constexpr (kActivation == kRelu6) {  // bounds are exact in half precision
-          const __half2 most = as_half2(pack_half(bound[2 * i], bound[2 * i + 1]));
-          pair[i] = as_bits(__hmin2_nan(as_half2(pack_half_relu(low, high)), most));
-        } else {
-          pair[i] = pack_half(activate<kActivation>(low, bound[2 * i]),
-                              activate<kActivation>(high, bound[2 * i + 1]));
-        }
+        pair[i] = activate_to_halves<kActivation>(low, high, bound[2 * i], bound[2 * i + 1]);
       }
     });
   }
@@ -96,35 +88,39 @@ class ProjectPixels {
   }
 
   const Unit& unit_;
-  const uint16_t* const d_;
+  const Half* const d_;
   const float* const affine_;
   const float* const gates_;
   ImagesOfTile images_;
   const int depth_, activation_;
-  const uint16_t* from_;      // this thread's next piece
+  const Half* from_;          // this thread's next piece
   int rows_, finished_rows_;  // of the tiles that are being loaded and finished
 };
 
-template <typename Tile, bool kMapped>
+template <typename T, typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, Tile::kBlocks)
-    project_kernel(const __grid_constant__ Group<Project> group, int passes, int stages, int weight_slots) {
+    project_kernel(const __grid_constant__ Group<Project<T>> group, int passes, int stages,
+                   int weight_slots) {
+  if (!computes<T>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
-  const Project& node = group.nodes[blockIdx.y];
+  const Project<T>& node = group.nodes[blockIdx.y];
   const Unit unit(node.pixels, blockIdx.x / passes);
-  ProjectPixels<Tile::kChunk> source(node, unit);
-  run_pointwise<Tile, true, kMapped>(source, node.weight, row_channels(node.hidden_channels), node.out, unit,
-                                     blockIdx.x % passes, stages, weight_slots, shared);
+  ProjectPixels<T, Tile::kChunk> source(node, unit);
+  run_pointwise<Tile, kMapped>(source, node.weight, row_channels(node.hidden_channels), node.out, unit,
+                               blockIdx.x % passes, stages, weight_slots, shared);
 }
 
 }  // namespace
 
+template <typename T>
 int pointwise_units(int64_t pixels) {
   if (pixels == 0) return 0;
   return static_cast<int>(ceil_div(ceil_div(pixels, int64_t{kTilePixels}), unit_tiles(pixels)));
 }
 
-void project(const Group<Project>& group, Stream stream) {
-  const int units = pointwise_units(group.nodes[0].pixels), channels = group.nodes[0].out.channels;
+template <typename T>
+void project(const Group<Project<T>>& group, Stream stream) {
+  const int units = pointwise_units<T>(group.nodes[0].pixels), channels = group.nodes[0].out.channels;
   if (units == 0) return;
   int depth = 0;
   for (int i = 0; i < group.count; ++i) {
@@ -139,11 +135,16 @@ void project(const Group<Project>& group, Stream stream) {
                        plan.bytes, stream, group, passes, plan.stages, plan.weight_slots);
     };
     if (group.nodes[0].out.affine) {
-      launch(project_kernel<Tile, true>);
+      launch(project_kernel<T, Tile, true>);
     } else {
-      launch(project_kernel<Tile, false>);
+      launch(project_kernel<T, Tile, false>);
     }
   });
 }
+
+template int pointwise_units<BFloat16>(int64_t);
+template int pointwise_units<Half>(int64_t);
+template void project(const Group<Project<BFloat16>>&, Stream);
+template void project(const Group<Project<Half>>&, Stream);
 
 }  // namespace greedynas::cuda

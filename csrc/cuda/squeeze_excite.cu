@@ -4,9 +4,9 @@
 #include <cstdint>
 
 #include "activate.h"
-#include "choice_block.h"
 #include "device.h"
 #include "kernels.h"
+#include "numbers.h"
 
 namespace greedynas::cuda {
 namespace {
@@ -26,8 +26,8 @@ struct Cut {
 
 // Every `step`-th pixel from `row` on; `d` and `affine`: of the first pixel and of 8 channels.
 template <int kActivation>
-__device__ __forceinline__ void sum_pixels(const Squeeze& s, const uint4* d, const float* affine, int vectors,
-                                           int row, int step, float (&sum)[8]) {
+__device__ __forceinline__ void sum_pixels(const Squeeze<Half>& s, const uint4* d, const float* affine,
+                                           int vectors, int row, int step, float (&sum)[8]) {
   float scale[8], shift[8], bound[8];
   load8(scale, affine);
   load8(shift, affine + 8 * vectors);
@@ -43,23 +43,19 @@ __device__ __forceinline__ void sum_pixels(const Squeeze& s, const uint4* d, con
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (first + i * step >= pixels) break;
-      const unsigned words[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
-      float u[8];
+      float values[8];
+      unpack<Half>(values, loaded[i]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 values = __half22float2(as_half2(words[j]));
-        u[2 * j] = values.x * scale[2 * j] + shift[2 * j];
-        u[2 * j + 1] = values.y * scale[2 * j + 1] + shift[2 * j + 1];
+      for (int j = 0; j < 8; ++j) {
+        sum[j] += activate<kActivation>(values[j] * scale[j] + shift[j], bound[j]);
       }
-      activate(u, kActivation, [&](int j, float) { return bound[j]; });
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum[j] += u[j];
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant__ Group<Squeeze> group) {
-  const Squeeze& s = group.nodes[blockIdx.y];
+__global__ void __launch_bounds__(kThreads)
+    squeeze_kernel(const __grid_constant__ Group<Squeeze<Half>> group) {
+  const Squeeze<Half>& s = group.nodes[blockIdx.y];
   const Cut cut(s.channels);
   const int image = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
   if (image >= s.images) return;
@@ -72,22 +68,9 @@ __global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant
     const auto* d = reinterpret_cast<const uint4*>(s.d) +
                     static_cast<int64_t>(image) * s.image_pixels * cut.vectors + vector;
     const float* affine = s.affine + 8 * vector;
-    switch (s.activation) {
-      case kRelu:
-        sum_pixels<kRelu>(s, d, affine, cut.vectors, row, rows, sum);
-        break;
-      case kRelu6:
-        sum_pixels<kRelu6>(s, d, affine, cut.vectors, row, rows, sum);
-        break;
-      case kHswish:
-        sum_pixels<kHswish>(s, d, affine, cut.vectors, row, rows, sum);
-        break;
-      case kSilu:
-        sum_pixels<kSilu>(s, d, affine, cut.vectors, row, rows, sum);
-        break;
-      default:
-        sum_pixels<kLinear>(s, d, affine, cut.vectors, row, rows, sum);
-    }
+    with_activation(s.activation, [&](auto activation) {
+      sum_pixels<decltype(activation)::value>(s, d, affine, cut.vectors, row, rows, sum);
+    });
   }
 #pragma unroll
   for (int j = 0; j < 8; ++j) sums[8 * thread + j] = sum[j];
@@ -104,7 +87,8 @@ __global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant
 
 }  // namespace
 
-void squeeze(const Group<Squeeze>& group, Stream stream) {
+template <>
+void squeeze(const Group<Squeeze<Half>>& group, Stream stream) {
   int blocks = 0;
   for (int i = 0; i < group.count; ++i) {
     blocks = std::max(blocks, group.nodes[i].images * Cut(group.nodes[i].channels).slices);

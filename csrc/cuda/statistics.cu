@@ -2,13 +2,16 @@
 //
 // norm_affine: a block joins all units of 8 channels, 32 bytes of each of a unit's rows. pointwise_affine: a
 // block multiplies 32 rows of the weights W with the upper triangle of the covariance S, which tensor cores
-// do without loss: weights are bfloat16 already, and a float is the sum of three.
+// do without loss: weights are of 16 bits already, and a float is the sum of three such numbers.
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "choice_block.h"
 #include "device.h"
 #include "kernels.h"
+#include "numbers.h"
+#include "powers.h"
 
 namespace greedynas::cuda {
 namespace {
@@ -230,27 +233,55 @@ struct Covariances {
 };
 
 // x = high + middle + low
+template <typename T>
 struct Split {
   unsigned high, middle, low;
   __device__ __forceinline__ Split(float x, float y) {
-    high = pack_bf16(x, y);
-    x -= low_bf16(high);
-    y -= high_bf16(high);
-    middle = pack_bf16(x, y);
-    low = pack_bf16(x - low_bf16(middle), y - high_bf16(middle));
+    high = rest_of(x, y);
+    middle = rest_of(x, y);
+    low = Pair<T>::pack(x, y);
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned rest_of(float& x, float& y) {
+    const unsigned pair = Pair<T>::pack(x, y);
+    const float2 taken = Pair<T>::unpack(pair);
+    x -= taken.x;
+    y -= taken.y;
+    return pair;
   }
 };
 
+// The exponent of the power of two that brings a warp's tile to where T has numbers: of halves three have the
+// digits of every float that is not 2^14 times smaller than the largest one.
+template <typename T>
+__device__ __forceinline__ int exponent_of_tile(const Covariances& tile) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return 0;
+  } else {
+    int largest = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float4& r = tile.rows[h];
+      largest = max(max(largest, max(magnitude_bits(r.x), magnitude_bits(r.y))),
+                    max(magnitude_bits(r.z), magnitude_bits(r.w)));
+    }
+    return exponent_to(largest_of_lanes(largest, 32), 14);
+  }
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kPointwiseThreads)
-    pointwise_kernel(const __grid_constant__ Group<PointwiseAffine> group) {
-  const PointwiseAffine& p = group.nodes[blockIdx.y];
+    pointwise_kernel(const __grid_constant__ Group<PointwiseAffine<T>> group) {
+  if (!computes<T>()) return;
+  const PointwiseAffine<T>& p = group.nodes[blockIdx.y];
   const int row = row_channels(p.channels), first = blockIdx.x * kRows;
   if (first >= row) return;
   const int in = row_channels(p.in_channels), depth = round_up(in, 16), pitch = weight_pitch(depth);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   constexpr int kWarps = kPointwiseThreads / 32;
   const int c = first + thread % kRows;
-  const Channel channel(p.norm, nullptr, c, p.channels);
+  const Channel channel(p.norm, p.stored_factor, c, p.channels);
 
   const int columns = depth / 16, tiles = columns * (columns + 1) / 2;
   const int begin = tiles * warp / kWarps, end = tiles * (warp + 1) / kWarps;
@@ -300,18 +331,22 @@ __global__ void __launch_bounds__(kPointwiseThreads)
           a[m][2 + half] = __float_as_uint(two.y);
         }
       }
-      const float twice = at.row < at.column ? 2.f : 1.f;  // for the tile below the diagonal
+      const int exponent = exponent_of_tile<T>(now);
+      const float brought = power_of_two(exponent);
+      const float share =
+          power_of_two((at.row < at.column ? 1 : 0) - exponent);  // 2: the tile below the diagonal
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Split b0(now.rows[h].x, now.rows[h].y), b1(now.rows[h].z, now.rows[h].w);
+        const float4& r = now.rows[h];
+        const Split<T> b0(r.x * brought, r.y * brought), b1(r.z * brought, r.w * brought);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           float sum[4];  // tensor cores truncate: they sum up one tile only
-          multiply_bf16_first(sum, a[m], b0.low, b1.low);
-          multiply_bf16(sum, a[m], b0.middle, b1.middle);
-          multiply_bf16(sum, a[m], b0.high, b1.high);
+          Pair<T>::multiply_first(sum, a[m], b0.low, b1.low);
+          Pair<T>::multiply(sum, a[m], b0.middle, b1.middle);
+          Pair<T>::multiply(sum, a[m], b0.high, b1.high);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[m][h][e] += twice * sum[e];
+          for (int e = 0; e < 4; ++e) acc[m][h][e] += share * sum[e];
         }
       }
       if (at.row == at.column || tile + i + 1 == end) {
@@ -322,9 +357,9 @@ __global__ void __launch_bounds__(kPointwiseThreads)
             float sum = 0.f;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const unsigned w =
-                  weight[(16 * m + 8 * half + lane / 4) * pitch + 8 * at.column + 4 * h + lane % 4];
-              sum += acc[m][h][2 * half] * low_bf16(w) + acc[m][h][2 * half + 1] * high_bf16(w);
+              const float2 w = Pair<T>::unpack(
+                  weight[(16 * m + 8 * half + lane / 4) * pitch + 8 * at.column + 4 * h + lane % 4]);
+              sum += acc[m][h][2 * half] * w.x + acc[m][h][2 * half + 1] * w.y;
               acc[m][h][2 * half] = acc[m][h][2 * half + 1] = 0.f;
             }
             variance[m][half] += sum;
@@ -339,9 +374,9 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   for (int r = warp; r < kRows; r += kWarps) {
     double sum = 0;
     for (int pair = lane; 2 * pair < in; pair += 32) {
-      const unsigned w = weight[r * pitch + pair];
-      sum += static_cast<double>(low_bf16(w)) * mean[2 * pair];
-      sum += static_cast<double>(high_bf16(w)) * mean[2 * pair + 1];
+      const float2 w = Pair<T>::unpack(weight[r * pitch + pair]);
+      sum += static_cast<double>(w.x) * mean[2 * pair];
+      sum += static_cast<double>(w.y) * mean[2 * pair + 1];
     }
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
@@ -363,7 +398,9 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   double sum = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += of_warps[w][thread];
-  channel.write(means[thread], sum, p.norm.eps, p.activation, c, p.channels, p.affine, p.keep);
+  const double unstored = 1.f / channel.stored;
+  channel.write(means[thread] * unstored, sum * unstored * unstored, p.norm.eps, p.activation, c, p.channels,
+                p.affine, p.keep);
 }
 
 // The most blocks that a node needs.
@@ -382,12 +419,16 @@ void norm_affine(const Group<NormAffine>& group, Stream stream) {
   GREEDYNAS_LAUNCH(norm_kernel, dim3(blocks, group.count), dim3(kNormThreads), 0, stream, group);
 }
 
-void pointwise_affine(const Group<PointwiseAffine>& group, Stream stream) {
-  const int blocks =
-      most(group, [](const PointwiseAffine& p) { return ceil_div(row_channels(p.channels), kRows); });
-  const int bytes = most(group, [](const PointwiseAffine& p) { return pointwise_bytes(p.in_channels); });
-  GREEDYNAS_LAUNCH(pointwise_kernel, dim3(blocks, group.count), dim3(kPointwiseThreads), bytes, stream,
+template <typename T>
+void pointwise_affine(const Group<PointwiseAffine<T>>& group, Stream stream) {
+  using Node = PointwiseAffine<T>;
+  const int blocks = most(group, [](const Node& p) { return ceil_div(row_channels(p.channels), kRows); });
+  const int bytes = most(group, [](const Node& p) { return pointwise_bytes(p.in_channels); });
+  GREEDYNAS_LAUNCH((pointwise_kernel<T>), dim3(blocks, group.count), dim3(kPointwiseThreads), bytes, stream,
                    group);
 }
+
+template void pointwise_affine(const Group<PointwiseAffine<BFloat16>>&, Stream);
+template void pointwise_affine(const Group<PointwiseAffine<Half>>&, Stream);
 
 }  // namespace greedynas::cuda

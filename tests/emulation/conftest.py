@@ -5,17 +5,22 @@ CUDA_KERNELS=folder takes a module that was built before.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
 import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,24 @@ class Backend:
         kernels: its kernels one by one.
         device: where their tensors live.
         stream: what launches are given.
+        precision: of maps, "bf16" or "fp16".
     """
 
     module: ModuleType
     kernels: Any
     device: torch.device
     stream: int
+    precision: str
+
+    @property
+    def maps(self) -> Any:
+        """The kernels for maps of this precision."""
+        return getattr(self.kernels, self.precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of maps."""
+        return DTYPES[self.precision]
 
     def synchronize(self) -> None:
         """Until all launches are done."""
@@ -40,11 +57,34 @@ class Backend:
             torch.cuda.synchronize()
 
 
+class Configuration(ctypes.Structure):
+    """emu::Config (emulation/configuration.h)."""
+
+    _fields_: ClassVar = [
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint),
+        ("stop_at_error", ctypes.c_bool),
+        ("static_bytes", ctypes.c_size_t),
+        ("shared_bytes", ctypes.c_size_t),
+        ("arch", ctypes.c_int),
+    ]
+
+
+@contextmanager
+def configured(module: ModuleType) -> Iterator[Any]:
+    """The emulated device's configuration, which is afterwards as before."""
+    found = Configuration.in_dll(ctypes.CDLL(module.__file__), "_ZN3emu3cfgE")
+    before = {name: getattr(found, name) for name, *_ in Configuration._fields_}
+    yield found
+    for name, value in before.items():
+        setattr(found, name, value)
+
+
 @pytest.fixture(scope="session")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """greedynas_ext._cuda, of the GPU or of the emulation."""
     if os.environ.get("GREEDYNAS_TEST_CUDA") == "1":
-        module = importlib.import_module("greedynas_ext._cuda")
-        return Backend(module, module.kernels, torch.device("cuda"), torch.cuda.current_stream().cuda_stream)
+        return importlib.import_module("greedynas_ext._cuda")
     if "CUDA_KERNELS" in os.environ:
         folder = Path(os.environ["CUDA_KERNELS"])
     else:
@@ -57,4 +97,35 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Backend(module, module.kernels, torch.device("cpu"), 0)
+    return module
+
+
+@pytest.fixture
+def cuda(built: ModuleType, request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """For maps in bf16, or as a test asks for in precisions.py; sm_75 has 64 KB of shared memory."""
+    precision, _, arch = getattr(request, "param", "bf16").partition(" on ")
+    if os.environ.get("GREEDYNAS_TEST_CUDA") == "1":
+        if arch:
+            pytest.skip("another device's code")
+        stream = torch.cuda.current_stream().cuda_stream
+        yield Backend(built, built.kernels, torch.device("cuda"), stream, precision)
+        return
+    with configured(built) as configuration:
+        if arch == "sm_75":
+            configuration.arch, configuration.shared_bytes = 750, 64 * 1024
+        yield Backend(built, built.kernels, torch.device("cpu"), 0, precision)
+
+
+@pytest.fixture
+def emulation(cuda: Backend) -> Iterator[Callable[..., None]]:
+    """Sets the order of threads and the shared memory of the emulated device; does nothing on a real one."""
+    if cuda.device.type != "cpu":
+        yield lambda **_: None
+        return
+    with configured(cuda.module) as configuration:
+
+        def configure(**values: int) -> None:
+            for name, value in values.items():
+                setattr(configuration, name, value)
+
+        yield configure

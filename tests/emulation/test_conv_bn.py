@@ -14,11 +14,12 @@ from pointwise_reference import (
     row_channels,
     rows,
 )
+from precisions import of_all
 
 
 def output(cuda, channels, y, partials=None, affine=None, residual=None, activation=LINEAR):
     pointers = {"y": y, "partials": partials, "affine": affine, "residual": residual}
-    return cuda.kernels.PointwiseOutput(
+    return cuda.maps.PointwiseOutput(
         **{name: 0 if t is None else t.data_ptr() for name, t in pointers.items()},
         channels=channels,
         activation=activation,
@@ -28,8 +29,8 @@ def output(cuda, channels, y, partials=None, affine=None, residual=None, activat
 def check_raw(cuda, launch, expected, magnitude):
     """`launch(output)` and what it has to give, [pixels, channels] in float64; `magnitude`: of the terms."""
     pixels, channels = expected.shape
-    y, check_y = guarded(cuda, (pixels, row_channels(channels)), torch.bfloat16)
-    units = cuda.kernels.pointwise_units(pixels)
+    y, check_y = guarded(cuda, (pixels, row_channels(channels)), cuda.dtype)
+    units = cuda.maps.pointwise_units(pixels)
     partials, check_sums = guarded(cuda, (units, 4, row_channels(channels)), torch.float32)
     launch(output(cuda, channels, y, partials))
     check_y()
@@ -44,8 +45,8 @@ def check_mapped(cuda, launch, expected, magnitude, activation, *, with_residual
     g = torch.Generator().manual_seed(activation)
     pixels, channels = expected.shape
     affine = padded_affine(random_affine(g, channels, activation, torch.ones(channels), 0.0), channels)
-    residual = rows(torch.randn(pixels, channels, generator=g), torch.bfloat16) if with_residual else None
-    y, check = guarded(cuda, (pixels, row_channels(channels)), torch.bfloat16)
+    residual = rows(torch.randn(pixels, channels, generator=g), cuda.dtype) if with_residual else None
+    y, check = guarded(cuda, (pixels, row_channels(channels)), cuda.dtype)
     on_device = [None if t is None else t.to(cuda.device) for t in (affine, residual)]
     launch(output(cuda, channels, y, None, *on_device, activation))
     check()
@@ -64,8 +65,8 @@ class Strided:
     def __init__(self, cuda, g, images, height, width, in_channels, channels, stride):
         self.cuda, self.sizes = cuda, (images, height, width)
         self.in_channels, self.stride = in_channels, stride
-        x = rows(torch.randn(images, height, width, in_channels, generator=g), torch.bfloat16)
-        weight = rows(torch.randn(channels, in_channels, generator=g), torch.bfloat16, pad_rows=True)
+        x = rows(torch.randn(images, height, width, in_channels, generator=g), cuda.dtype)
+        weight = rows(torch.randn(channels, in_channels, generator=g), cuda.dtype, pad_rows=True)
         seen = x[:, ::stride, ::stride, :in_channels].double().reshape(-1, in_channels)
         self.expected = seen @ weight[:channels, :in_channels].double().T
         self.magnitude = seen.abs() @ weight[:channels, :in_channels].double().abs().T
@@ -73,7 +74,7 @@ class Strided:
 
     def node(self, out):
         images, height, width = self.sizes
-        return self.cuda.kernels.StridedConv(
+        return self.cuda.maps.StridedConv(
             x=self.x.data_ptr(),
             weight=self.weight.data_ptr(),
             out=out,
@@ -85,10 +86,11 @@ class Strided:
         )
 
     def launch(self, out):
-        self.cuda.kernels.strided_conv([self.node(out)], self.cuda.stream)
+        self.cuda.maps.strided_conv([self.node(out)], self.cuda.stream)
         self.cuda.synchronize()
 
 
+@of_all
 @pytest.mark.parametrize(
     ("images", "height", "width", "in_channels", "channels", "stride"),
     [
@@ -113,6 +115,7 @@ def test_strided_shapes(cuda, images, height, width, in_channels, channels, stri
     check_raw(cuda, conv.launch, conv.expected, conv.magnitude)
 
 
+@of_all
 @pytest.mark.parametrize(("activation", "with_residual"), [(LINEAR, False), *[(a, True) for a in ACTIVATIONS]])
 def test_strided_with_known_statistics(cuda, activation, with_residual):
     conv = Strided(cuda, torch.Generator().manual_seed(1), 2, 15, 18, 20, 42, 2)
@@ -122,20 +125,21 @@ def test_strided_with_known_statistics(cuda, activation, with_residual):
 def test_strided_group(cuda):
     g = torch.Generator().manual_seed(2)
     convs = [Strided(cuda, g, 2, 9, 20, in_channels, 24, 2) for in_channels in (16, 72, 8)]
-    maps = [guarded(cuda, (len(c.expected), 24), torch.bfloat16) for c in convs]
-    cuda.kernels.strided_conv([c.node(output(cuda, 24, y)) for c, (y, _) in zip(convs, maps, strict=True)], cuda.stream)
+    maps = [guarded(cuda, (len(c.expected), 24), cuda.dtype) for c in convs]
+    cuda.maps.strided_conv([c.node(output(cuda, 24, y)) for c, (y, _) in zip(convs, maps, strict=True)], cuda.stream)
     cuda.synchronize()
     for conv, (y, check) in zip(convs, maps, strict=True):
         check()
         check_map(y.cpu(), conv.expected, 2.0**-20 * conv.magnitude)
 
 
+@of_all
 def test_strided_not_finite(cuda):
     """NaN in one pixel of x shows in that pixel's outputs, or nowhere."""
     conv = Strided(cuda, torch.Generator().manual_seed(3), 1, 7, 7, 16, 10, 2)
     conv.x[0, 4, 2, 5] = float("nan")
     conv.x[0, 3, 3] = float("nan")
-    y, check = guarded(cuda, (16, 16), torch.bfloat16)
+    y, check = guarded(cuda, (16, 16), cuda.dtype)
     conv.launch(output(cuda, 10, y))
     check()
     bad = torch.zeros(16, 16, dtype=torch.bool)
@@ -147,13 +151,13 @@ class Stem:
     def __init__(self, cuda, images, channels, kernel, stride, g):
         self.cuda, self.images, self.kernel, self.stride = cuda, images, kernel, stride
         in_channels = images.shape[1]
-        weight = torch.randn(channels, in_channels, kernel, kernel, generator=g).bfloat16()
+        weight = torch.randn(channels, in_channels, kernel, kernel, generator=g).to(cuda.dtype)
         depth = -(-in_channels * kernel * kernel // 16) * 16
         flat = weight.permute(0, 2, 3, 1).reshape(channels, -1)
         pad = (0, depth - flat.shape[1], 0, row_channels(channels) - channels)
         self.weight = torch.nn.functional.pad(flat, pad).contiguous().to(cuda.device)
         self.images = images.to(cuda.device)
-        rounded = images.bfloat16().double()
+        rounded = images.to(cuda.dtype).double()
         self.expected = self.convolve(rounded, weight.double())
         self.magnitude = self.convolve(rounded.abs(), weight.double().abs())
 
@@ -163,7 +167,7 @@ class Stem:
 
     def launch(self, out):
         count, in_channels, height, width = self.images.shape
-        node = self.cuda.kernels.StemConv(
+        node = self.cuda.maps.StemConv(
             images=self.images.data_ptr(),
             strides=list(self.images.stride()),
             weight=self.weight.data_ptr(),
@@ -175,10 +179,11 @@ class Stem:
             kernel=self.kernel,
             stride=self.stride,
         )
-        self.cuda.kernels.stem_conv(node, self.cuda.stream)
+        self.cuda.maps.stem_conv(node, self.cuda.stream)
         self.cuda.synchronize()
 
 
+@of_all
 @pytest.mark.parametrize(
     ("shape", "channels", "kernel", "stride"),
     [
@@ -221,6 +226,7 @@ def test_stem_strides(cuda, view):
     check_raw(cuda, stem.launch, stem.expected, stem.magnitude)
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_stem_with_known_statistics(cuda, activation):
     g = torch.Generator().manual_seed(5)
@@ -228,13 +234,14 @@ def test_stem_with_known_statistics(cuda, activation):
     check_mapped(cuda, stem.launch, stem.expected, stem.magnitude, activation, with_residual=False)
 
 
+@of_all
 def test_stem_not_finite(cuda):
     g = torch.Generator().manual_seed(6)
     images = torch.randn(1, 3, 10, 10, generator=g)
     images[0, 1, 4, 5] = float("nan")
     images[0, 2, 9, 9] = float("inf")
     stem = Stem(cuda, images, 8, 3, 2, g)
-    y, check = guarded(cuda, stem.expected.shape, torch.bfloat16)
+    y, check = guarded(cuda, stem.expected.shape, cuda.dtype)
     stem.launch(output(cuda, 8, y))
     check()
     assert torch.equal(y.cpu().isnan(), stem.expected.isnan())

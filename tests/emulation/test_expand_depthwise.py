@@ -1,11 +1,11 @@
 """expand_depthwise against plain torch in float64 on the rounded inputs."""
 
-import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from precisions import of_all
 
 LINEAR, RELU, RELU6, HSWISH, SILU = range(5)
 ACTIVATIONS = [LINEAR, RELU, RELU6, HSWISH, SILU]
@@ -36,8 +36,8 @@ def make(cuda, images, height, width, in_channels, hidden, kernel, stride, activ
 
     rows_in, rows = padded(in_channels), padded(hidden)
     values = torch.randn(images, height, width, in_channels, generator=g)
-    n.x = pad(values, images, height, width, rows_in).bfloat16() if x is None else x
-    n.expand = pad(torch.randn(hidden, in_channels, generator=g) / in_channels**0.5, rows, rows_in).bfloat16()
+    n.x = pad(values, images, height, width, rows_in).to(cuda.dtype) if x is None else x
+    n.expand = pad(torch.randn(hidden, in_channels, generator=g) / in_channels**0.5, rows, rows_in).to(cuda.dtype)
     bound = {RELU6: 6 * FACTOR, HSWISH: 1 / (6 * FACTOR), SILU: 1 / FACTOR}.get(activation, float("nan"))
     scale = FACTOR * (torch.rand(hidden, generator=g) + 0.5)
     shift = FACTOR * (torch.randn(hidden, generator=g) + 0.5)
@@ -53,7 +53,7 @@ def run(cuda, nodes, statistics=True):
     structs = []
     for n in nodes:
         out = [(size - 1) // n.stride + 1 for size in (n.height, n.width)]
-        s = cuda.kernels.ExpandDepthwise(
+        s = cuda.maps.ExpandDepthwise(
             **{name: getattr(n, name).data_ptr() for name in ("x", "expand", "affine", "depthwise")},
             images=n.images,
             height=n.height,
@@ -65,7 +65,7 @@ def run(cuda, nodes, statistics=True):
             activation=n.activation,
         )
         rows = padded(n.hidden_channels)
-        n.units = cuda.kernels.expand_depthwise_units(s)
+        n.units = cuda.maps.expand_depthwise_units(s)
         size = n.images * out[0] * out[1] * rows
         n.d_memory = torch.full((size + GUARD,), float("nan"), dtype=torch.float16, device=cuda.device)
         n.partials_memory = torch.full((n.units * 4 * rows + GUARD,), float("nan"), device=cuda.device)
@@ -74,7 +74,7 @@ def run(cuda, nodes, statistics=True):
         s.d = n.d.data_ptr()
         s.partials = n.partials.data_ptr() if statistics else 0
         structs.append(s)
-    cuda.kernels.expand_depthwise(structs, cuda.stream)
+    cuda.maps.expand_depthwise(structs, cuda.stream)
     cuda.synchronize()
     for n in nodes:
         assert n.d_memory[n.d.numel() :].isnan().all(), "wrote behind d"
@@ -136,6 +136,7 @@ def check(n, statistics=True):
         assert n.partials.isnan().all()
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
@@ -146,6 +147,7 @@ def test_variants(cuda, kernel, stride, activation):
         check(n)
 
 
+@of_all
 @pytest.mark.parametrize("in_channels", [3, 8, 16, 24, 40])
 def test_groups_of_nodes(cuda, in_channels):
     nodes = [make(cuda, 1, 8, 8, in_channels, hidden, 5, 1, RELU6, hidden) for hidden in (48, 96, 120, 200, 13)]
@@ -233,6 +235,7 @@ def test_statistics_do_not_cancel(cuda):
     check_statistics(n)
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_stay_where_they_belong(cuda, activation):
     for value in (float("nan"), float("inf"), -float("inf")):
@@ -247,30 +250,3 @@ def test_nan_and_infinity_stay_where_they_belong(cuda, activation):
         assert (d - expected)[finite].abs().max() <= MAX_TOLERANCE * expected[finite].abs().max()
         assert (n.d[..., 45:] == 0).all()
         assert (n.partials[:, :3, 45:] == 0).all()
-
-
-@pytest.fixture
-def emulation(cuda):
-    """Sets the order of threads and the shared memory of the emulated device; does nothing on a real one."""
-    if cuda.device.type != "cpu":
-        yield lambda **_: None
-        return
-
-    class Config(ctypes.Structure):  # emu::Config of emulation.h
-        _fields_ = [
-            ("order", ctypes.c_int),
-            ("seed", ctypes.c_uint),
-            ("abort_on_error", ctypes.c_bool),
-            ("static_bytes", ctypes.c_size_t),
-            ("shared_bytes", ctypes.c_size_t),
-        ]
-
-    config = Config.in_dll(ctypes.CDLL(cuda.module.__file__), "_ZN3emu3cfgE")
-    before = {name: getattr(config, name) for name, _ in Config._fields_}
-
-    def configure(**values):
-        for name, value in values.items():
-            setattr(config, name, value)
-
-    yield configure
-    configure(**before)

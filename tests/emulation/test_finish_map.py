@@ -1,10 +1,11 @@
-"""csrc/cuda/finish_map.cu: the map against float64 of the same bfloat16 numbers, moments against float64 of the map
+"""csrc/cuda/finish_map.cu: the map against float64 of the same numbers, moments against float64 of the map
 that the kernel has stored."""
 
 import math
 
 import pytest
 import torch
+from precisions import of_all
 
 ACTIVATIONS = [
     lambda x: x,
@@ -42,10 +43,10 @@ class Case:
         shift = ratio * scale.abs() * (1 + torch.rand(channels, generator=generator)) if affine else torch.zeros(1)
         if not affine:
             raw = raw + ratio * (1 + torch.rand(channels, generator=generator))
-        self.raw = padded(raw, pixels, row).bfloat16()
+        self.raw = padded(raw, pixels, row).to(cuda.dtype)
         self.residual = None
         if residual:
-            self.residual = padded(torch.randn(pixels, channels, generator=generator), pixels, row).bfloat16()
+            self.residual = padded(torch.randn(pixels, channels, generator=generator), pixels, row).to(cuda.dtype)
         self.affine = torch.zeros(3, row)
         self.affine[0, :channels], self.affine[1, :channels] = scale, shift
         self.affine[2, :channels] = BOUNDS[activation]
@@ -57,15 +58,15 @@ class Case:
     def poison(self):
         """A node as it was at first."""
         device = self.cuda.device
-        floats = self.cuda.kernels.finish_map_floats(self.pixels, self.channels)
-        self.map = torch.full((self.pixels * self.row + GUARD,), NAN, device=device).bfloat16()
+        floats = self.cuda.maps.finish_map_floats(self.pixels, self.channels)
+        self.map = torch.full((self.pixels * self.row + GUARD,), NAN, dtype=self.cuda.dtype, device=device)
         self.map[:-GUARD] = self.raw.flatten().to(device)
         self.mean, self.covariance, self.partials = (
             torch.full((size + GUARD,), NAN, device=device) for size in (self.row, self.row**2, floats)
         )
 
     def node(self):
-        return self.cuda.kernels.FinishMap(
+        return self.cuda.maps.FinishMap(
             map=self.map.data_ptr(),
             affine=self.affine_memory.data_ptr() if self.has_affine else 0,
             residual=self.residual_memory.data_ptr() if self.residual is not None else 0,
@@ -95,9 +96,10 @@ class Case:
             if self.residual is not None:
                 expected += self.residual.double()
                 size += self.residual.double().abs()
-            # Rounded to bfloat16 from sums in float (the exponential: 2^-21).
-            error = (y.double() - expected).abs()
-            assert (error <= 2.0**-8 * expected.abs() + 2.0**-20 * size).all()
+            # Rounded from sums in float (the exponential: 2^-21).
+            error, limits = (y.double() - expected).abs(), torch.finfo(y.dtype)
+            rounding = limits.eps / 2 * (expected.abs() + limits.smallest_normal)
+            assert (error <= rounding + 2.0**-20 * size).all()
         if not self.has_moments:
             assert mean.isnan().all()
             assert covariance.isnan().all()
@@ -125,15 +127,15 @@ class Case:
         self.check_map()
         mean_error, error = self.errors()
         # Sums in float cost 2^-24 a step, 26 times that where means are 5 deviations off. About means further off,
-        # distances are rounded to bfloat16, in the tails of a distribution alone: by 2^-8 at most, twice that in a
-        # square, and as each its own way the error goes with the root of the count.
+        # distances are rounded to the map's type, in the tails of a distribution alone: by 2^-8 at most (bfloat16),
+        # twice that in a square, and as each its own way the error goes with the root of the count.
         tolerance = tolerance or 2.0**-6 / self.pixels**0.5 + 4e-6
         assert mean_error <= tolerance
         assert (error <= tolerance).all(), error.max()
 
 
 def run(cuda, *cases):
-    cuda.kernels.finish_map([case.node() for case in cases], cuda.stream)
+    cuda.maps.finish_map([case.node() for case in cases], cuda.stream)
     cuda.synchronize()
 
 
@@ -146,6 +148,7 @@ def test_pixels(cuda, pixels):
 
 
 # Half tiles and whole ones, of 1 to 12 and, in windows, more.
+@of_all
 @pytest.mark.parametrize("channels", [1, 8, 9, 24, 32, 40, 57, 72, 96, 104, 120, 136, 144, 160, 192])
 @pytest.mark.parametrize("residual", [False, True])
 def test_channels(cuda, channels, residual):
@@ -155,6 +158,7 @@ def test_channels(cuda, channels, residual):
     case.check()
 
 
+@of_all
 @pytest.mark.parametrize("channels", [200, 256, 264, 320])
 @pytest.mark.parametrize("affine", [False, True])
 def test_windows_of_channels(cuda, channels, affine):
@@ -164,6 +168,7 @@ def test_windows_of_channels(cuda, channels, affine):
     case.check()
 
 
+@of_all
 def test_several_chunks(cuda):
     """Of one window and of several."""
     for channels, pixels in [(40, 5000), (264, 3000)]:
@@ -172,6 +177,7 @@ def test_several_chunks(cuda):
         case.check()
 
 
+@of_all
 @pytest.mark.parametrize("ratio", [0.0, 2.0, 4.0, 30.0, 300.0])
 def test_means_far_from_0(cuda, ratio):
     case = Case(cuda, torch.Generator().manual_seed(int(ratio)), 4000, 24, ratio=ratio)
@@ -179,6 +185,7 @@ def test_means_far_from_0(cuda, ratio):
     case.check(1e-4)
 
 
+@of_all
 @pytest.mark.parametrize("activation", range(5))
 @pytest.mark.parametrize(("pixels", "channels"), [(1, 8), (4, 16), (33, 40), (700, 192), (41, 2056)])
 def test_map_alone(cuda, activation, pixels, channels):
@@ -198,6 +205,7 @@ def test_neither_map_nor_moments_are_asked_for(cuda):
     case.check_map()
 
 
+@of_all
 @pytest.mark.parametrize("channels", [16, 40, 72, 216])
 def test_moments_alone(cuda, channels):
     case = Case(cuda, torch.Generator().manual_seed(channels), 90, channels, affine=False)
@@ -205,6 +213,7 @@ def test_moments_alone(cuda, channels):
     case.check()
 
 
+@of_all
 @pytest.mark.parametrize("channels", [16, 48, 208])
 def test_group(cuda, channels):
     """Nodes of every kind; a node's results are the same in any company, and in every run."""
@@ -226,6 +235,7 @@ def test_group(cuda, channels):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+@of_all
 @pytest.mark.parametrize("channels", [15, 40, 261])
 @pytest.mark.parametrize("value", [NAN, math.inf])
 def test_nan_and_infinity_stay_in_their_channel(cuda, channels, value):

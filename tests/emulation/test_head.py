@@ -13,21 +13,22 @@ from pointwise_reference import (
     row_channels,
     rows,
 )
+from precisions import of_all
 
 
 class Head:
     def __init__(self, cuda, g, images, image_pixels, in_channels, channels, activation=RELU):
         self.cuda, self.images, self.image_pixels = cuda, images, image_pixels
         self.in_channels, self.channels, self.activation = in_channels, channels, activation
-        self.x = rows(torch.randn(images, image_pixels, in_channels, generator=g), torch.bfloat16).to(cuda.device)
+        self.x = rows(torch.randn(images, image_pixels, in_channels, generator=g), cuda.dtype).to(cuda.device)
         weight = torch.randn(channels, in_channels, generator=g) / in_channels**0.5
-        self.weight = rows(weight, torch.bfloat16, pad_rows=True).to(cuda.device)
+        self.weight = rows(weight, cuda.dtype, pad_rows=True).to(cuda.device)
         affine = random_affine(g, channels, activation, torch.ones(channels), 0.0)
         self.affine = padded_affine(affine, channels).to(cuda.device)
         self.pooled, self.check_guards = guarded(cuda, (images, row_channels(channels)), torch.float32)
 
     def node(self):
-        return self.cuda.kernels.HeadPool(
+        return self.cuda.maps.HeadPool(
             x=self.x.data_ptr(),
             weight=self.weight.data_ptr(),
             affine=self.affine.data_ptr(),
@@ -61,10 +62,11 @@ class Head:
 
 
 def launch(cuda, heads):
-    cuda.kernels.head_pool([head.node() for head in heads], cuda.stream)
+    cuda.maps.head_pool([head.node() for head in heads], cuda.stream)
     cuda.synchronize()
 
 
+@of_all
 @pytest.mark.parametrize(
     ("images", "image_pixels", "in_channels", "channels"),
     [
@@ -89,6 +91,7 @@ def test_shapes(cuda, images, image_pixels, in_channels, channels):
     head.check()
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(cuda, activation):
     head = Head(cuda, torch.Generator().manual_seed(activation), 4, 49, 24, 40, activation)
@@ -110,6 +113,7 @@ def test_group(cuda):
         head.check()
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_not_finite(cuda, activation):
     """In one image's means alone; ReLU6 limits what is infinite."""

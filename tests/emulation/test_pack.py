@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from precisions import of_all
 
 GUARD = 64  # elements behind each output that have to stay as they are
 NAN_BITS = -1  # of 16-bit elements
@@ -113,16 +114,17 @@ POINTWISE = [  # rows, in, taps, elements off alignment
 ]
 
 
+@of_all
 def test_pointwise(cuda):
     generator = torch.Generator().manual_seed(2)
     nodes, outputs, expected, kept = [], [], [], []
     for rows, in_channels, taps, offset in POINTWISE:
         values, memory = weights(cuda, generator, rows, in_channels, taps, offset=offset)
         columns = row_channels(in_channels) if taps == 1 else -(-taps * in_channels // 16) * 16
-        outputs.append(poisoned(cuda, row_channels(rows) * columns, torch.bfloat16))
+        outputs.append(poisoned(cuda, row_channels(rows) * columns, cuda.dtype))
         kept.append(memory)
         nodes.append(
-            cuda.kernels.PackPointwise(
+            cuda.maps.PackPointwise(
                 weight=memory.data_ptr(),
                 packed=outputs[-1].data_ptr(),
                 rows=rows,
@@ -131,22 +133,23 @@ def test_pointwise(cuda):
                 packed_columns=columns,
             )
         )
-        matrix = values.transpose(1, 2).reshape(rows, taps * in_channels).bfloat16()
+        matrix = values.transpose(1, 2).reshape(rows, taps * in_channels).to(cuda.dtype)
         expected.append(padded(matrix, row_channels(rows), columns))
-    launch(cuda, cuda.kernels.pack_pointwise, nodes)
+    launch(cuda, cuda.maps.pack_pointwise, nodes)
     for output, matrix in zip(outputs, expected, strict=True):
         assert_same(unguarded(output, *matrix.shape), matrix)
 
 
+@of_all
 @pytest.mark.parametrize("channels", [1, 8, 20, 300])
 def test_pointwise_identity(cuda, channels):
     stride = row_channels(channels)
-    output = poisoned(cuda, stride * stride, torch.bfloat16)
-    node = cuda.kernels.PackPointwise(
+    output = poisoned(cuda, stride * stride, cuda.dtype)
+    node = cuda.maps.PackPointwise(
         weight=0, packed=output.data_ptr(), rows=channels, in_channels=channels, taps=1, packed_columns=stride
     )
-    launch(cuda, cuda.kernels.pack_pointwise, [node])
-    assert_same(unguarded(output, stride, stride), padded(torch.eye(channels).bfloat16(), stride, stride))
+    launch(cuda, cuda.maps.pack_pointwise, [node])
+    assert_same(unguarded(output, stride, stride), padded(torch.eye(channels).to(cuda.dtype), stride, stride))
 
 
 def test_pointwise_rounding(cuda):
@@ -157,10 +160,10 @@ def test_pointwise_rounding(cuda):
     rounded = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF82, 0x7F80, 0x7F7F, 0x7F80]
     rounded += [0xFF80, 0x7FC0, 0x7FC0, 0x7FC0, 0x0000, 0x0000, 0x8002, 0x8000]
     memory, output = values.to(cuda.device), poisoned(cuda, 8 * 16, torch.bfloat16)
-    node = cuda.kernels.PackPointwise(
+    node = cuda.maps.PackPointwise(
         weight=memory.data_ptr(), packed=output.data_ptr(), rows=1, in_channels=16, taps=1, packed_columns=16
     )
-    launch(cuda, cuda.kernels.pack_pointwise, [node])
+    launch(cuda, cuda.maps.pack_pointwise, [node])
     row = unguarded(output, 8, 16)[0]
     assert_same(row, torch.tensor(rounded, dtype=torch.int64).to(torch.int16).view(torch.bfloat16))
     zeros = row == 0
@@ -173,7 +176,7 @@ DEPTHWISE = [(1, 9), (7, 25), (8, 49), (63, 9), (64, 49), (65, 25), (128, 9), (1
 def depthwise_node(cuda, channels, taps, memory, before):
     packed = poisoned(cuda, taps * row_channels(channels), torch.float16)
     stored = poisoned(cuda, row_channels(channels))
-    node = cuda.kernels.PackDepthwise(
+    node = cuda.maps.PackDepthwise(
         weight=memory.data_ptr(),
         before_factor=0 if before is None else before.data_ptr(),
         packed=packed.data_ptr(),
@@ -194,7 +197,7 @@ def test_depthwise(cuda):
         runs.append(
             (values, before, *depthwise_node(cuda, channels, taps, memory, device_before), memory, device_before)
         )
-    launch(cuda, cuda.kernels.pack_depthwise, [run[2] for run in runs])
+    launch(cuda, cuda.maps.pack_depthwise, [run[2] for run in runs])
     for values, before, _, packed, stored, *_ in runs:
         channels, taps = values.shape
         stride = row_channels(channels)
@@ -225,7 +228,7 @@ def test_depthwise_extremes(cuda):
     power = torch.tensor([1, 1, 1, 1, 2.0**100, 2.0**-100, 2.0**20, 2.0**-20])
     memory, device_before = values.to(cuda.device), before.to(cuda.device)
     node, packed, stored = depthwise_node(cuda, 8, 2, memory, device_before)
-    launch(cuda, cuda.kernels.pack_depthwise, [node])
+    launch(cuda, cuda.maps.pack_depthwise, [node])
     assert_same(unguarded(packed, 2, 8), (values * power[:, None]).half().t().contiguous())
     assert_same(unguarded(stored, 8), before * power)
 
@@ -247,11 +250,11 @@ PROJECT = [  # rows, columns, elements off alignment
 def project_node(cuda, rows, columns, memory, column_factor):
     packed = poisoned(cuda, row_channels(rows) * row_channels(columns), torch.float16)
     factor = poisoned(cuda, row_channels(rows))
-    node = cuda.kernels.PackProject(
+    node = cuda.maps.PackProject(
         weight=memory.data_ptr(),
         column_factor=0 if column_factor is None else column_factor.data_ptr(),
         packed=packed.data_ptr(),
-        factor=factor.data_ptr(),
+        stored_factor=factor.data_ptr(),
         rows=rows,
         columns=columns,
     )
@@ -266,7 +269,7 @@ def test_project(cuda):
         factor = padded(powers(generator, columns, -6, 6), row_channels(columns), fill=1.0) if index % 3 else None
         device_factor = None if factor is None else factor.to(cuda.device)
         runs.append((values, factor, *project_node(cuda, rows, columns, memory, device_factor), memory, device_factor))
-    launch(cuda, cuda.kernels.pack_project, [run[2] for run in runs])
+    launch(cuda, cuda.maps.pack_project, [run[2] for run in runs])
     for values, column_factor, _, packed, factor, *_ in runs:
         rows, columns = values.shape
         if column_factor is not None:
@@ -277,7 +280,7 @@ def test_project(cuda):
         assert ((largest >= 0.5) & (largest <= 1)).all()
         expected = padded(halves, row_channels(rows), row_channels(columns))
         assert_same(unguarded(packed, *expected.shape), expected)
-        assert_same(unguarded(factor, row_channels(rows)), padded(1 / power, row_channels(rows), fill=1.0))
+        assert_same(unguarded(factor, row_channels(rows)), padded(power, row_channels(rows), fill=1.0))
 
 
 def test_project_extremes(cuda):
@@ -288,7 +291,7 @@ def test_project_extremes(cuda):
     power[2] = 2.0**0  # NaN is the largest of its row
     memory, device_factor = values.to(cuda.device), column_factor.to(cuda.device)
     node, packed, factor = project_node(cuda, 7, 2, memory, device_factor)
-    launch(cuda, cuda.kernels.pack_project, [node])
+    launch(cuda, cuda.maps.pack_project, [node])
     halves = (values / column_factor[:2] * power[:, None]).half()
     assert_same(unguarded(packed, 8, 8), padded(halves, 8, 8))
-    assert_same(unguarded(factor, 8), padded(1 / power, 8, fill=1.0))
+    assert_same(unguarded(factor, 8), padded(power, 8, fill=1.0))

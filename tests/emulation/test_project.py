@@ -18,6 +18,7 @@ from pointwise_reference import (
     row_channels,
     rows,
 )
+from precisions import of_all
 
 HALF = 2.0**-11  # half a unit in the last place of half precision, relative
 
@@ -31,14 +32,11 @@ def make(g, images, image_pixels, hidden, channels, activation, *, gated=False, 
     affine = random_affine(g, hidden, activation, factor, mean)
     weight = rows(torch.randn(channels, hidden, generator=g) / hidden**0.5 / factor, torch.float16, pad_rows=True)
     gates = rows(torch.rand(images, hidden, generator=g), torch.float32) if gated else None
-    out_factor = torch.ones(row_channels(channels))
-    out_factor[:channels] = 2.0 ** torch.randint(-6, 7, (channels,), generator=g)
     return {
         "d": d,
         "affine": padded_affine(affine, hidden),
         "weight": weight,
         "gates": gates,
-        "factor": out_factor,
         "image_pixels": image_pixels,
         "hidden": hidden,
         "channels": channels,
@@ -59,18 +57,18 @@ def sums_of(node):
     if node["gates"] is not None:
         gate = node["gates"][:, :hidden].double().repeat_interleave(node["image_pixels"], 0)
         value, error = value * gate, (error + 2 * HALF * value.abs()) * gate + 2.0**-24
-    weight, factor = node["weight"][:channels, :hidden].double(), node["factor"][:channels].double()
-    sums = value @ weight.T * factor
+    weight = node["weight"][:channels, :hidden].double()
+    sums = value @ weight.T
     # Roundings of the inputs, none of which is larger than `error`, and sums in single precision.
-    return sums, (error + 2.0**-20 * value.abs() + 2.0**-24) @ weight.abs().T * factor
+    return sums, (error + 2.0**-20 * value.abs() + 2.0**-24) @ weight.abs().T
 
 
 def launch(cuda, nodes, outputs, **kwargs):
-    k, keep, group = cuda.kernels, [], []
+    k, keep, group = cuda.maps, [], []
     for node, (y, partials, affine, residual, activation) in zip(nodes, outputs, strict=True):
         tensors = {
             name: None if node[name] is None else node[name].to(cuda.device)
-            for name in ("d", "affine", "weight", "gates", "factor")
+            for name in ("d", "affine", "weight", "gates")
         }
         keep.append(tensors)
         pointers = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
@@ -79,7 +77,6 @@ def launch(cuda, nodes, outputs, **kwargs):
             partials=0 if partials is None else partials.data_ptr(),
             affine=0 if affine is None else affine.data_ptr(),
             residual=0 if residual is None else residual.data_ptr(),
-            factor=pointers.pop("factor"),
             channels=node["channels"],
             activation=activation,
         )
@@ -101,8 +98,8 @@ def run_raw(cuda, nodes):
     results = []
     for node in nodes:
         pixels, row = len(node["d"]), row_channels(node["channels"])
-        units = cuda.kernels.pointwise_units(pixels)
-        y, check_y = guarded(cuda, (pixels, row), torch.bfloat16)
+        units = cuda.maps.pointwise_units(pixels)
+        y, check_y = guarded(cuda, (pixels, row), cuda.dtype)
         partials, check_sums = guarded(cuda, (units, 4, row), torch.float32)
         results.append((y, partials, check_y, check_sums))
     launch(cuda, nodes, [(y, partials, None, None, LINEAR) for y, partials, _, _ in results])
@@ -120,6 +117,7 @@ def check_raw(cuda, nodes):
 
 
 # Every width of a pass, one below, at and above; depths around 16, 32 and 64; pixels around a tile.
+@of_all
 @pytest.mark.parametrize(
     ("pixels", "hidden", "channels"),
     [
@@ -148,6 +146,7 @@ def test_shapes(cuda, pixels, hidden, channels):
     check_raw(cuda, [make(g, 1, pixels, hidden, channels, RELU6)])
 
 
+@of_all
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(cuda, activation, gated):
@@ -156,6 +155,7 @@ def test_activations(cuda, activation, gated):
 
 
 # Tiles within an image, at its border, over several images, and an image a pixel.
+@of_all
 @pytest.mark.parametrize(("images", "image_pixels"), [(1, 300), (3, 127), (2, 128), (2, 129), (40, 7), (150, 1)])
 def test_gates_of_many_images(cuda, images, image_pixels):
     g = torch.Generator().manual_seed(images)
@@ -203,7 +203,7 @@ def test_units_of_several_tiles(cuda, images, image_pixels, hidden, channels):
     """Statistics, and images with their gates, go on from tile to tile; copies of the next one are under way."""
     g = torch.Generator().manual_seed(images)
     pixels = images * image_pixels
-    assert cuda.kernels.pointwise_units(pixels) < -(-pixels // 128) or cuda.device.type == "cuda"
+    assert cuda.maps.pointwise_units(pixels) < -(-pixels // 128) or cuda.device.type == "cuda"
     check_raw(cuda, [make(g, images, image_pixels, hidden, channels, RELU6, gated=True)])
 
 
@@ -214,8 +214,8 @@ def test_known_statistics(cuda, channels, with_residual, activation):
     node = make(g, 2, 70, 40, channels, RELU)
     pixels, row = len(node["d"]), row_channels(channels)
     affine = padded_affine(random_affine(g, channels, activation, torch.ones(channels), 0.0), channels)
-    residual = rows(torch.randn(pixels, channels, generator=g), torch.bfloat16) if with_residual else None
-    y, check = guarded(cuda, (pixels, row), torch.bfloat16)
+    residual = rows(torch.randn(pixels, channels, generator=g), cuda.dtype) if with_residual else None
+    y, check = guarded(cuda, (pixels, row), cuda.dtype)
     on_device = [None if t is None else t.to(cuda.device) for t in (affine, residual)]
     launch(cuda, [node], [(y, None, *on_device, activation)])
     check()
@@ -229,6 +229,7 @@ def test_known_statistics(cuda, channels, with_residual, activation):
     check_map(y.cpu(), expected, 1.1 * error * scale.abs() + 2.0**-20 * (u.abs() + expected.abs() + 1))
 
 
+@of_all
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite(cuda, value, activation):
@@ -252,6 +253,7 @@ def test_not_finite(cuda, value, activation):
     assert clean.isfinite().all()
 
 
+@of_all
 def test_padding_stays_zero(cuda):
     """Even of pixels that are not finite."""
     g = torch.Generator().manual_seed(9)

@@ -44,7 +44,7 @@ class Case:
         packed_factor[:channels] = power
         self.memory = [v.to(cuda.device) for v in (d, affine, packed_factor)]
         self.pooled = torch.full((images * row + GUARD,), math.nan, device=cuda.device)
-        self.node = cuda.kernels.Squeeze(
+        self.node = cuda.maps.Squeeze(
             d=self.memory[0].data_ptr(),
             affine=self.memory[1].data_ptr(),
             factor=self.memory[2].data_ptr() if factor else 0,
@@ -72,7 +72,7 @@ class Case:
 def test_widths(cuda, channels, pixels):
     generator = torch.Generator().manual_seed(channels)
     case = Case(cuda, generator, 3, pixels, channels, channels % 5)
-    cuda.kernels.squeeze([case.node], cuda.stream)
+    cuda.maps.squeeze([case.node], cuda.stream)
     cuda.synchronize()
     case.check()
 
@@ -82,7 +82,7 @@ def test_widths(cuda, channels, pixels):
 def test_pixels_and_activations(cuda, pixels, activation):
     generator = torch.Generator().manual_seed(pixels)
     case = Case(cuda, generator, 1, pixels, 16, activation, factor=pixels % 2 == 0)
-    cuda.kernels.squeeze([case.node], cuda.stream)
+    cuda.maps.squeeze([case.node], cuda.stream)
     cuda.synchronize()
     case.check()
 
@@ -92,13 +92,13 @@ def test_group(cuda):
     generator = torch.Generator().manual_seed(7)
     shapes = [(4, 49, 96), (4, 49, 264), (2, 20, 8), (5, 1, 40)]
     cases = [Case(cuda, generator, *shape, activation=i) for i, shape in enumerate(shapes)]
-    cuda.kernels.squeeze([case.node for case in cases], cuda.stream)
+    cuda.maps.squeeze([case.node for case in cases], cuda.stream)
     cuda.synchronize()
     for case in cases:
         case.check()
         together = case.output()
         case.pooled.fill_(math.nan)
-        cuda.kernels.squeeze([case.node], cuda.stream)
+        cuda.maps.squeeze([case.node], cuda.stream)
         cuda.synchronize()
         assert torch.equal(case.output(), together)
 
@@ -111,7 +111,7 @@ def test_nan_and_infinity_stay_in_their_channel_and_image(cuda, activation, valu
     scale = case.memory[1][0, 5].abs()
     case.memory[1][0, 5] = scale
     case.memory[0][1, 13, 5] = value
-    cuda.kernels.squeeze([case.node], cuda.stream)
+    cuda.maps.squeeze([case.node], cuda.stream)
     cuda.synchronize()
     pooled = case.output()
     expected = ACTIVATIONS[list(ACTIVATIONS)[activation]](torch.tensor(value))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from precisions import of_all
 
 LINEAR, RELU, RELU6, HSWISH, SILU = range(5)
 EXACT = 2.0**-23
@@ -226,9 +227,9 @@ def pointwise_node(cuda, norm, mean, covariance, weight, activation=LINEAR):
     memory = [
         padded(mean, row).to(cuda.device),
         padded(covariance, row, row).to(cuda.device),
-        padded(weight, norm.row, row).bfloat16().to(cuda.device),
+        padded(weight, norm.row, row).to(cuda.dtype).to(cuda.device),
     ]
-    node = cuda.kernels.PointwiseAffine(
+    node = cuda.maps.PointwiseAffine(
         mean=memory[0].data_ptr(),
         covariance=memory[1].data_ptr(),
         weight=memory[2].data_ptr(),
@@ -252,22 +253,33 @@ def pointwise_statistics(mean, covariance, weight):
 POINTWISE_RTOL = 3e-6
 
 
+@of_all
 @pytest.mark.parametrize(
     ("in_channels", "channels"),
-    [(1, 1), (8, 31), (15, 32), (16, 33), (17, 64), (24, 96), (40, 65), (96, 40), (200, 33), (1024, 8)],
+    [(1, 1), (8, 31), (15, 32), (16, 33), (17, 64), (24, 96), (40, 65), (96, 40), (200, 33)],
 )
 def test_pointwise_affine(cuda, in_channels, channels):
+    check_pointwise(cuda, in_channels, channels)
+
+
+@pytest.mark.parametrize("cuda", ["bf16", "fp16"], indirect=True)
+def test_pointwise_affine_of_many_channels(cuda):
+    check_pointwise(cuda, 1024, 8)
+
+
+def check_pointwise(cuda, in_channels, channels):
     generator = torch.Generator().manual_seed(in_channels)
     norm = Norm(cuda, generator, channels, factor=False)
     mean, covariance = draw_moments(generator, in_channels)
-    weight = torch.randn(channels, in_channels, generator=generator).bfloat16().float()
+    weight = torch.randn(channels, in_channels, generator=generator).to(cuda.dtype).float()
     node, memory = pointwise_node(cuda, norm, mean, covariance, weight)
-    cuda.kernels.pointwise_affine([node], cuda.stream)
+    cuda.maps.pointwise_affine([node], cuda.stream)
     cuda.synchronize()
     del memory
     norm.check(*pointwise_statistics(mean, covariance, weight), 1, LINEAR, rtol=POINTWISE_RTOL)
 
 
+@of_all
 def test_pointwise_affine_of_a_group(cuda):
     """Different sizes, factors, every activation, and covariances from 1e-12 to 1e12."""
     generator = torch.Generator().manual_seed(4)
@@ -276,17 +288,18 @@ def test_pointwise_affine_of_a_group(cuda):
     for activation, (in_channels, channels, size) in enumerate(shapes):
         norm = Norm(cuda, generator, channels, factor=activation > RELU)
         mean, covariance = draw_moments(generator, in_channels, size)
-        weight = (torch.randn(channels, in_channels, generator=generator) / 7).bfloat16().float()
+        weight = (torch.randn(channels, in_channels, generator=generator) / 7).to(cuda.dtype).float()
         node, memory = pointwise_node(cuda, norm, mean, covariance, weight, activation)
         nodes.append(node)
         alive.append(memory)
         checks.append((norm, *pointwise_statistics(mean, covariance, weight), activation))
-    cuda.kernels.pointwise_affine(nodes, cuda.stream)
+    cuda.maps.pointwise_affine(nodes, cuda.stream)
     cuda.synchronize()
     for norm, mean, variance, activation in checks:
         norm.check(mean, variance, 1, activation, rtol=POINTWISE_RTOL)
 
 
+@of_all
 def test_pointwise_affine_clamps_the_variance_and_keeps_nan(cuda):
     generator = torch.Generator().manual_seed(5)
     covariance = torch.diag(torch.tensor([1.0, -1e-3, 2.0]))
@@ -296,7 +309,7 @@ def test_pointwise_affine_clamps_the_variance_and_keeps_nan(cuda):
         if broken:
             covariance[2, 2] = NAN  # times 0, as a convolution of that channel would give
         node, memory = pointwise_node(cuda, norm, torch.zeros(3), covariance, weight)
-        cuda.kernels.pointwise_affine([node], cuda.stream)
+        cuda.maps.pointwise_affine([node], cuda.stream)
         cuda.synchronize()
         del memory
         variance = norm.keep[8:10].cpu()

@@ -18,7 +18,7 @@ from greedynas import Supernet, get_space
 
 assert _library.cuda_available()
 module = _library.require_cuda()
-assert module.kernels.pointwise_units(1000) > 0
+assert module.kernels.bf16.pointwise_units(1000) > 0
 supernet = Supernet(get_space("mini-16"))
 images, targets = torch.randn(4, 1, 8, 8), torch.arange(4)
 paths = torch.zeros(1, len(supernet.choices), dtype=torch.int64)

@@ -22,6 +22,7 @@ inline void copy_async16(void* shared, const void* global) {
   }
   {
     emu::Unwatched unwatched;
+    if (emu::cfg.arch < 800) emu::fail("an asynchronous copy needs compute capability 8.0");
     if (!emu::shared_memory.contains(shared)) emu::fail("an asynchronous copy is not to shared memory");
   }
   // Sanitizers see both ends here, where the mistake is, and again where the copy lands.

@@ -176,6 +176,7 @@ namespace greedynas::cuda {
 
 // Of the emulated device.
 inline int multiprocessors() { return 4; }
+inline bool since_sm80() { return emu::cfg.arch >= 800; }
 inline int shared_bytes_per_block() { return static_cast<int>(emu::cfg.max_shared); }
 
 }  // namespace greedynas::cuda

@@ -24,6 +24,7 @@ void multiply_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsig
     float a[8], b[4];
   };
   static_assert(sizeof(Elements) <= LaneValues::kBytes);
+  if (cfg.arch < 800) fail(to_string(place) + ": mma.m16n8k16 needs compute capability 8.0");
   Elements own;
   const unsigned words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (int i = 0; i < 6; ++i) {
@@ -49,6 +50,22 @@ void multiply_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsig
   }
 }
 
+// As multiply_m16n8k16, of half of A and B each: m16n8k8, which the PTX ISA calls alike.
+template <float (*kValue)(unsigned)>
+void multiply_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, const Place& place) {
+  const float own[6] = {kValue(a0 & 0xffff), kValue(a0 >> 16),   kValue(a1 & 0xffff),
+                        kValue(a1 >> 16),    kValue(b & 0xffff), kValue(b >> 16)};
+  const LaneValues& values = meet(~0u, own, sizeof own, false, place);
+  Unwatched unwatched;
+  const auto of_lane = [&](unsigned lane) { return reinterpret_cast<const float*>(values.of_lane[lane]); };
+  const unsigned g = current().lane() / 4, t = current().lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    for (unsigned k = 0; k < 8; ++k) {
+      c[i] += of_lane(4 * g + k / 2)[i / 2 * 2 + k % 2] * of_lane(4 * (2 * t + i % 2) + k / 2)[4 + k % 2];
+    }
+  }
+}
+
 // ldmatrix .x4: lane l gives the address of row l % 8 of matrix l / 8. rows[i][j] becomes the address of row
 // first + j of matrix i. The caller reads there, where sanitizers see it.
 template <unsigned kRows>
@@ -64,8 +81,15 @@ void exchange_rows(const char* (&rows)[4][kRows], unsigned first, const void* ro
 
 }  // namespace emu
 
+#define GREEDYNAS_PLACE , emu::Place place = emu::Place::current()
+#define GREEDYNAS_SAME_PLACE , place
+
 namespace greedynas::cuda {
 
+inline void multiply_f16_k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b,
+                            emu::Place place = emu::Place::current()) {
+  emu::multiply_m16n8k8<emu::half_value>(c, a0, a1, b, place);
+}
 inline void multiply_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                           emu::Place place = emu::Place::current()) {
   emu::multiply_m16n8k16<emu::bfloat16_value>(c, a, b0, b1, place);
