@@ -1,11 +1,11 @@
 """expand_depthwise against plain torch in float64 on the rounded inputs."""
 
-import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation_trace import Config
 
 LINEAR, RELU, RELU6, HSWISH, SILU = range(5)
 ACTIVATIONS = [LINEAR, RELU, RELU6, HSWISH, SILU]
@@ -256,17 +256,8 @@ def emulation(cuda):
         yield lambda **_: None
         return
 
-    class Config(ctypes.Structure):  # emu::Config of emulation.h
-        _fields_ = [
-            ("order", ctypes.c_int),
-            ("seed", ctypes.c_uint),
-            ("abort_on_error", ctypes.c_bool),
-            ("static_bytes", ctypes.c_size_t),
-            ("shared_bytes", ctypes.c_size_t),
-        ]
-
-    config = Config.in_dll(ctypes.CDLL(cuda.module.__file__), "_ZN3emu3cfgE")
-    before = {name: getattr(config, name) for name, _ in Config._fields_}
+    config = Config.of(cuda.module.__file__)
+    before = {name: getattr(config, name) for name, *_ in Config._fields_}
 
     def configure(**values):
         for name, value in values.items():

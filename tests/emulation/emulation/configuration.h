@@ -18,6 +18,7 @@ struct Config {
   bool stop_at_error = true;  // or go on and report all errors that a launch made
   std::size_t max_static_shared = 48 * 1024;
   std::size_t max_shared = 99 * 1024;  // of sm_86 and sm_89, the least of all devices since sm_80
+  int multiprocessors = 4;
 };
 
 // EMULATION_ORDER is forward, reverse or random; EMULATION_SEED is a number. What is wrong there is reported
