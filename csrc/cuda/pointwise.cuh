@@ -23,6 +23,8 @@ inline constexpr int kPointwiseThreads = 256;
 inline constexpr int kTilePixels = 128;
 #ifdef __CUDACC__
 inline constexpr int kMaxUnits = 2048;  // enough blocks, and few partial sums
+#elif defined(GREEDYNAS_MAX_UNITS)
+inline constexpr int kMaxUnits = GREEDYNAS_MAX_UNITS;  // of a part of a device (tests/emulation/trace)
 #else
 inline constexpr int kMaxUnits = 3;  // so that units of small maps have several tiles where they are emulated
 #endif

@@ -5,20 +5,19 @@ CUDA_KERNELS=folder takes a module that was built before.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from emulated_device import configured
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,29 +56,6 @@ class Backend:
             torch.cuda.synchronize()
 
 
-class Configuration(ctypes.Structure):
-    """emu::Config (emulation/configuration.h)."""
-
-    _fields_: ClassVar = [
-        ("order", ctypes.c_int),
-        ("seed", ctypes.c_uint),
-        ("stop_at_error", ctypes.c_bool),
-        ("static_bytes", ctypes.c_size_t),
-        ("shared_bytes", ctypes.c_size_t),
-        ("arch", ctypes.c_int),
-    ]
-
-
-@contextmanager
-def configured(module: ModuleType) -> Iterator[Any]:
-    """The emulated device's configuration, which is afterwards as before."""
-    found = Configuration.in_dll(ctypes.CDLL(module.__file__), "_ZN3emu3cfgE")
-    before = {name: getattr(found, name) for name, *_ in Configuration._fields_}
-    yield found
-    for name, value in before.items():
-        setattr(found, name, value)
-
-
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """greedynas_ext._cuda, of the GPU or of the emulation."""
@@ -110,7 +86,7 @@ def cuda(built: ModuleType, request: pytest.FixtureRequest) -> Iterator[Backend]
         stream = torch.cuda.current_stream().cuda_stream
         yield Backend(built, built.kernels, torch.device("cuda"), stream, precision)
         return
-    with configured(built) as configuration:
+    with configured(built.__file__) as configuration:
         if arch == "sm_75":
             configuration.arch, configuration.shared_bytes = 750, 64 * 1024
         yield Backend(built, built.kernels, torch.device("cpu"), 0, precision)
@@ -122,7 +98,7 @@ def emulation(cuda: Backend) -> Iterator[Callable[..., None]]:
     if cuda.device.type != "cpu":
         yield lambda **_: None
         return
-    with configured(cuda.module) as configuration:
+    with configured(cuda.module.__file__) as configuration:
 
         def configure(**values: int) -> None:
             for name, value in values.items():

@@ -14,13 +14,36 @@ import pybind11
 FOLDER = Path(__file__).parent
 CSRC = FOLDER.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+COMMAND = [str(COMPILER), "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+COMMAND += [f"-I{path}" for path in (CSRC, CSRC / "cuda", FOLDER)]
+
+# Of a tracing build (trace/trace.cpp). The compiler has to leave accesses apart and in their order.
+TRACE = ["-DEMULATION_TRACE", "-fsanitize=thread", "-Wno-tsan", "-g1"]
+TRACE += [
+    f"-fno-{pass_}"
+    for pass_ in (
+        *("tree-vectorize", "tree-loop-distribute-patterns", "store-merging"),
+        *("reorder-blocks", "reorder-blocks-and-partition", "crossjumping", "tree-tail-merge"),
+    )
+]
 
 
-def build(folder: Path, flags: list[str]) -> Path:
+def compile_tracer(folder: Path) -> Path:
+    """What a tracing build is linked with in place of the thread sanitizer."""
+    target = folder / "trace.o"
+    source = FOLDER / "trace" / "trace.cpp"
+    subprocess.run([*COMMAND, "-DEMULATION_TRACE", "-O2", "-c", str(source), "-o", str(target)], check=True)
+    return target
+
+
+def build_traced(folder: Path, max_units: int) -> Path:
+    """A tracing build. `max_units`: kMaxUnits (pointwise.cuh)."""
+    return build(folder, [*TRACE, f"-DGREEDYNAS_MAX_UNITS={max_units}"], [compile_tracer(folder)])
+
+
+def build(folder: Path, flags: list[str], tracer: list[Path] | None = None) -> Path:
     """`folder` with the module in it; two compilers run at a time, the longest files first."""
-    includes = [CSRC, CSRC / "cuda", FOLDER, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [str(COMPILER), "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
-    command += [f"-I{path}" for path in includes]
+    command = [*COMMAND, *flags, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -34,5 +57,6 @@ def build(folder: Path, flags: list[str]) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_one, sources)]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([*command, "-shared", *objects, "-o", str(module)], check=True)
+    linked = command if tracer is None else [*COMMAND, *map(str, tracer)]  # no sanitizer
+    subprocess.run([*linked, "-shared", *objects, "-o", str(module)], check=True)
     return folder

@@ -25,6 +25,8 @@ inline void copy_async16(void* shared, const void* global) {
     if (emu::cfg.arch < 800) emu::fail("an asynchronous copy needs compute capability 8.0");
     if (!emu::shared_memory.contains(shared)) emu::fail("an asynchronous copy is not to shared memory");
   }
+  emu::trace::async_copy(shared, global);
+  const emu::trace::Paused paused;
   // Sanitizers see both ends here, where the mistake is, and again where the copy lands.
   std::memset(shared, 0xff, 16);
   [[maybe_unused]] const volatile char last = static_cast<const char*>(global)[15];
@@ -49,6 +51,7 @@ void wait_async() {
       if (done == thread.copies.size() || thread.copies[done].group >= thread.copy_group - kPending) break;
       copy = thread.copies[done++];
     }
+    const emu::trace::Paused paused;
     std::memcpy(copy.shared, copy.global, 16);
   }
   emu::Unwatched unwatched;

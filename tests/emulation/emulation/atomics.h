@@ -14,6 +14,8 @@ template <typename T, typename Update>
 T atomic_update(T* address, Update update) {
   using Word = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned>;
   static_assert(sizeof(T) == sizeof(Word));
+  trace::atomic(address, sizeof(T));
+  const trace::Paused paused;
   bool fenced;
   {
     Unwatched unwatched;

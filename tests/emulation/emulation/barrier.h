@@ -35,6 +35,7 @@ class Barrier {
   // Also after a thread has ended: the others no longer wait for it, as on devices since sm_70.
   bool open_if_complete() {
     if (arrived_ == 0 || arrived_ != threads_alive) return false;
+    trace::barrier();
     ++generation_;
     arrived_ = 0;
     for (unsigned i = 0; i < thread_count; ++i) {

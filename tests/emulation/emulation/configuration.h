@@ -19,6 +19,8 @@ struct Config {
   std::size_t max_static_shared = 48 * 1024;
   std::size_t max_shared = 99 * 1024;  // of sm_86 and sm_89, the least of all devices since sm_80
   int arch = 800;                      // as __CUDA_ARCH__
+  int multiprocessors = 4;
+  int last_blocks = 0;  // if not 0, only that many of a grid are run, the last ones
 };
 
 // EMULATION_ORDER is forward, reverse or random; EMULATION_SEED is a number. What is wrong there is reported

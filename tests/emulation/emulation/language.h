@@ -20,13 +20,48 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+
+// Devices copy vectors as a whole. The compiler copies the members that it needs, which a tracing build has
+// to prevent.
+#if defined(EMULATION_TRACE)
+namespace emu {
+template <typename Words>
+__attribute__((always_inline)) inline void copy_whole(void* to, const void* from) {
+  Words words = *static_cast<const Words*>(from);
+  asm("" : "+x"(words));
+  *static_cast<Words*>(to) = words;
+}
+using Words2 __attribute__((vector_size(8), may_alias)) = float;
+using Words4 __attribute__((vector_size(16), may_alias)) = float;
+}  // namespace emu
+#define EMULATION_VECTOR(Type, Words)                                                              \
+  __attribute__((always_inline)) Type(const Type& other) { emu::copy_whole<Words>(this, &other); } \
+  __attribute__((always_inline)) Type& operator=(const Type& other) {                              \
+    emu::copy_whole<Words>(this, &other);                                                          \
+    return *this;                                                                                  \
+  }                                                                                                \
+  Type() = default;
+#define EMULATION_VECTOR2(Type, Scalar) \
+  EMULATION_VECTOR(Type, emu::Words2)   \
+  Type(Scalar x, Scalar y) : x(x), y(y) {}
+#define EMULATION_VECTOR4(Type, Scalar) \
+  EMULATION_VECTOR(Type, emu::Words4)   \
+  Type(Scalar x, Scalar y, Scalar z, Scalar w) : x(x), y(y), z(z), w(w) {}
+#else
+#define EMULATION_VECTOR2(Type, Scalar)
+#define EMULATION_VECTOR4(Type, Scalar)
+#endif
+
 struct alignas(8) float2 {
   float x, y;
+  EMULATION_VECTOR2(float2, float)
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+  EMULATION_VECTOR4(float4, float)
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+  EMULATION_VECTOR4(uint4, unsigned)
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }

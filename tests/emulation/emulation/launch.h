@@ -71,7 +71,9 @@ inline void schedule(std::mt19937& random) {
     bool progress = false;
     for (unsigned i : order) {
       if (threads[i].state != Fiber::State::kReady) continue;
+      trace::enter(i, threads[i].stack.bottom(), Stack::kBytes);
       resume(threads[i]);
+      trace::leave();
       if (abandoning) return abandon_threads();
       progress = true;
     }
@@ -94,6 +96,8 @@ inline void run_block(const uint3& index, std::size_t dynamic_bytes) {
   shared_memory.begin(dynamic_bytes);
   barrier.begin();
   begin_warps();
+  trace::begin_block(thread_count, shared_memory.memory(), shared_memory.capacity(), threads.data(),
+                     threads.size() * sizeof(Thread));
   for (unsigned i = 0; i < thread_count; ++i) {
     Thread& thread = threads[i];
     thread.linear = i;
@@ -106,6 +110,7 @@ inline void run_block(const uint3& index, std::size_t dynamic_bytes) {
   static std::mt19937 random;
   random.seed(cfg.seed + index.x * 7919 + index.y * 104729);
   schedule(random);
+  trace::end_block(shared_memory.static_bytes());
   if (kThreadSanitizer) {
     // Kept for a while, so that its reports can show where the other thread was.
     constexpr std::size_t kMost = 4096;
@@ -150,9 +155,14 @@ void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, std::size_t 
     errors.clear();
     abandoning = false;
     scheduler.sanitized.take_handle_of_current();
-    kernel_call = [=] { kernel(arguments...); };
+    const auto call = [=] { kernel(arguments...); };
+    kernel_call = std::cref(call);
+    trace::begin_launch(name, grid, block, dynamic_bytes, &call, sizeof call);
     std::vector<std::size_t> order(static_cast<std::size_t>(grid.x) * grid.y * grid.z);
     std::iota(order.begin(), order.end(), std::size_t{0});
+    if (cfg.last_blocks && order.size() > static_cast<std::size_t>(cfg.last_blocks)) {
+      order.erase(order.begin(), order.end() - cfg.last_blocks);
+    }
     if (cfg.order == Order::kReverse) std::reverse(order.begin(), order.end());
     if (cfg.order == Order::kRandom) std::shuffle(order.begin(), order.end(), std::mt19937(cfg.seed));
     for (std::size_t i : order) {
@@ -161,6 +171,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, std::size_t 
                 dynamic_bytes);
       if (abandoning) break;
     }
+    trace::end_launch();
     acquire(&launch_token);
     destroy_ended_handles();
   }
@@ -175,7 +186,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, std::size_t 
 namespace greedynas::cuda {
 
 // Of the emulated device.
-inline int multiprocessors() { return 4; }
+inline int multiprocessors() { return emu::cfg.multiprocessors; }
 inline bool since_sm80() { return emu::cfg.arch >= 800; }
 inline int shared_bytes_per_block() { return static_cast<int>(emu::cfg.max_shared); }
 

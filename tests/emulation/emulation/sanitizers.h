@@ -3,15 +3,22 @@
 // The address sanitizer hears of every change of stacks, and which bytes of shared memory are nobody's. The
 // thread sanitizer takes every fiber for a thread; what orders them is what orders CUDA threads (barriers,
 // fences before atomics, the end of a launch), never the switch from one to the next, so it sees races that
-// the order of this run hides.
+// the order of this run hides. A tracing build has the calls of -fsanitize=thread, too, and no sanitizer
+// behind them.
 #pragma once
 
 #include <cstddef>
 
+#include "trace.h"
+
+#if defined(__SANITIZE_THREAD__) && !defined(EMULATION_TRACE)
+#define EMULATION_THREAD_SANITIZER
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(EMULATION_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -26,17 +33,17 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace emu {
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
 inline constexpr bool kThreadSanitizer = true;
 #else
 inline constexpr bool kThreadSanitizer = false;
 #endif
 
-// While one lives, the thread sanitizer does not look at this fiber's accesses: the emulator's bookkeeping is
-// shared by all threads, and in truth there is only one.
+// While one lives, nobody looks at this fiber's accesses: the emulator's bookkeeping is shared by all
+// threads, and in truth there is only one.
 class Unwatched {
  public:
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
   Unwatched() {
     AnnotateIgnoreReadsBegin("", 0);
     AnnotateIgnoreWritesBegin("", 0);
@@ -46,8 +53,8 @@ class Unwatched {
     AnnotateIgnoreReadsEnd("", 0);
   }
 #else
-  Unwatched() {}
-  ~Unwatched() {}
+  Unwatched() { trace::pause(); }
+  ~Unwatched() { trace::unpause(); }
 #endif
   Unwatched(const Unwatched&) = delete;
   Unwatched& operator=(const Unwatched&) = delete;
@@ -55,12 +62,12 @@ class Unwatched {
 
 // What was done before release() happened before what is done after acquire() of the same address.
 inline void release([[maybe_unused]] void* token) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
   __tsan_release(token);
 #endif
 }
 inline void acquire([[maybe_unused]] void* token) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
   __tsan_acquire(token);
 #endif
 }
@@ -90,7 +97,7 @@ struct SanitizedContext {
                                           [[maybe_unused]] bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, next.stack, next.stack_bytes);
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(EMULATION_THREAD_SANITIZER)
     __tsan_switch_to_fiber(next.handle, __tsan_switch_to_fiber_no_sync);
 #endif
   }
@@ -102,17 +109,17 @@ struct SanitizedContext {
 
   // Only the thread sanitizer has handles.
   void create_handle() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     handle = __tsan_create_fiber(0);
 #endif
   }
   void take_handle_of_current() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     handle = __tsan_get_current_fiber();
 #endif
   }
   static void destroy_handle([[maybe_unused]] void* handle) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     __tsan_destroy_fiber(handle);
 #endif
   }

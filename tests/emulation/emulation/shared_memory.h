@@ -52,6 +52,9 @@ class SharedMemory {
     return variables_[key] = take(bytes);
   }
 
+  const void* memory() const { return memory_; }
+  std::size_t capacity() const { return capacity_; }
+  std::size_t static_bytes() const { return static_bytes_; }
   bool contains(const void* address) const {
     const char* p = static_cast<const char*>(address);
     return p >= memory_ && p < memory_ + capacity_;

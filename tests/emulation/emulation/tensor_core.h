@@ -32,7 +32,7 @@ void multiply_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsig
     to[0] = kValue(words[i] & 0xffff);
     to[1] = kValue(words[i] >> 16);
   }
-  const LaneValues& values = meet(~0u, &own, sizeof own, false, place);
+  const LaneValues& values = meet(~0u, &own, sizeof own, WarpOperation::kProduct, place);
   Unwatched unwatched;
   const auto of_lane = [&](unsigned lane) -> const Elements& {
     return *reinterpret_cast<const Elements*>(values.of_lane[lane]);
@@ -70,10 +70,11 @@ void multiply_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, const
 // first + j of matrix i. The caller reads there, where sanitizers see it.
 template <unsigned kRows>
 void exchange_rows(const char* (&rows)[4][kRows], unsigned first, const void* row, const Place& place) {
+  trace::matrix_row(row);
   Unwatched unwatched;
   if (!aligned16(row)) fail(to_string(place) + ": a matrix row's address is no multiple of 16 bytes");
   if (!shared_memory.contains(row)) fail(to_string(place) + ": a matrix row is not in shared memory");
-  const LaneValues& values = meet(~0u, &row, sizeof row, false, place);
+  const LaneValues& values = meet(~0u, &row, sizeof row, WarpOperation::kMatrices, place);
   for (unsigned i = 0; i < 4; ++i) {
     for (unsigned j = 0; j < kRows; ++j) rows[i][j] = values.get<const char*>(8 * i + first + j);
   }
@@ -115,6 +116,7 @@ inline void load_matrices(unsigned (&r)[4], const void* row, emu::Place place = 
   const unsigned g = emu::current().lane() / 4, t = emu::current().lane() % 4;
   const char* rows[4][1];
   emu::exchange_rows(rows, g, row, place);
+  const emu::trace::Paused paused;
   for (unsigned i = 0; i < 4; ++i) r[i] = reinterpret_cast<const unsigned*>(rows[i][0])[t];
 }
 // Elements 2 t and 2 t + 1 of column g.
@@ -123,6 +125,7 @@ inline void load_matrices_transposed(unsigned (&r)[4], const void* row,
   const unsigned g = emu::current().lane() / 4, t = emu::current().lane() % 4;
   const char* rows[4][2];
   emu::exchange_rows(rows, 2 * t, row, place);
+  const emu::trace::Paused paused;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned low = reinterpret_cast<const std::uint16_t*>(rows[i][0])[g];
     const unsigned high = reinterpret_cast<const std::uint16_t*>(rows[i][1])[g];

@@ -51,11 +51,12 @@ inline void begin_warps() {
   }
 }
 
-// Waits for all lanes of `mask`; what each of them has brought. `orders`: what lanes did before is seen by
-// all of them after, which __syncwarp promises and shuffles do not.
-inline const LaneValues& meet(unsigned mask, const void* value, std::size_t bytes, bool orders,
+// Waits for all lanes of `mask`; what each of them has brought. A barrier orders: what lanes did before is
+// seen by all of them after. Others promise nothing of the kind.
+inline const LaneValues& meet(unsigned mask, const void* value, std::size_t bytes, WarpOperation operation,
                               const Place& place) {
   Unwatched unwatched;
+  const bool orders = operation == WarpOperation::kBarrier;
   const unsigned lane = current().lane(), first = current().linear - lane;
   if (!(mask >> lane & 1)) fail(to_string(place) + ": the mask of a warp's operation lacks the lane itself");
   Meeting& meeting = warps[first / warpSize].of_lowest_lane[mask ? std::countr_zero(mask) : 0];
@@ -71,6 +72,7 @@ inline const LaneValues& meet(unsigned mask, const void* value, std::size_t byte
   if (bytes) std::memcpy(values.of_lane[lane], value, bytes);
   if (orders) release(&values);
   if (meeting.arrived == mask) {
+    trace::warp_operation(operation, first / warpSize, mask);
     meeting.arrived = 0;
     ++meeting.generation;
     for (unsigned i = 0; i < warpSize && first + i < thread_count; ++i) {
@@ -89,7 +91,7 @@ inline const LaneValues& meet(unsigned mask, const void* value, std::size_t byte
 template <typename T>
 T shuffle(unsigned mask, const T& value, unsigned source, const Place& place) {
   static_assert(sizeof(T) <= LaneValues::kBytes);
-  const LaneValues& values = meet(mask, &value, sizeof value, false, place);
+  const LaneValues& values = meet(mask, &value, sizeof value, WarpOperation::kExchange, place);
   if (!(mask >> source % warpSize & 1))
     fail(to_string(place) + ": a shuffle reads a lane that is not in its mask");
   Unwatched unwatched;
@@ -99,7 +101,7 @@ T shuffle(unsigned mask, const T& value, unsigned source, const Place& place) {
 }  // namespace emu
 
 inline void __syncwarp(unsigned mask = ~0u, emu::Place place = emu::Place::current()) {
-  emu::meet(mask, nullptr, 0, true, place);
+  emu::meet(mask, nullptr, 0, emu::WarpOperation::kBarrier, place);
 }
 // Shuffles within `width` lanes; what would be beyond them is the lane's own value.
 template <typename T>
@@ -128,7 +130,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = warpSize,
   return emu::shuffle(mask, value, lane % width >= by ? lane - by : lane, place);
 }
 inline unsigned __ballot_sync(unsigned mask, int vote, emu::Place place = emu::Place::current()) {
-  const emu::LaneValues& values = emu::meet(mask, &vote, sizeof vote, false, place);
+  const emu::LaneValues& values = emu::meet(mask, &vote, sizeof vote, emu::WarpOperation::kExchange, place);
   emu::Unwatched unwatched;
   unsigned votes = 0;
   for (unsigned lane = 0; lane < warpSize; ++lane) {

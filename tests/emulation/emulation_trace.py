@@ -1,0 +1,100 @@
+"""What kernels do with memory: a tracing build (emulation_build.build_traced), its device, and its counts by name."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+EMULATOR = ("tests/emulation/emulation/", "trace/trace.cpp", "/include/c++/")  # places that are no kernel's
+
+
+class Lines:
+    """Source lines of the instructions of a module or program with debugging information."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+
+    def __call__(self, pcs: list[int]) -> str:
+        """The innermost one that is a kernel's, as file:line; pcs: an instruction and the calls that led to it."""
+        for pc in pcs:
+            for place in self._chain(pc):
+                if not any(part in place for part in EMULATOR) and not place.startswith("?"):
+                    return re.sub(r" \(discriminator \d+\)", "", place).rpartition("/")[2]
+        return "?"
+
+    @cache  # noqa: B019
+    def _chain(self, pc: int) -> list[str]:
+        # Inlined functions: the innermost first.
+        tool = shutil.which("addr2line")
+        if tool is None:
+            return []
+        command = [tool, "-i", "-e", str(self._binary), hex(pc)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+
+def named(launches: list[dict[str, Any]], lines: Lines) -> list[dict[str, Any]]:
+    """Launches as the tracer writes them, requests of shared memory by source line and kind.
+
+    Raises:
+        RuntimeError: memory that has no name was accessed.
+    """
+    for launch in launches:
+        elsewhere = launch.pop("elsewhere")
+        if elsewhere["accesses"]:
+            raise RuntimeError(
+                f"{launch['kernel']}: expected accesses to named memory alone, got {elsewhere['accesses']} to other, "
+                f"the first at {lines(elsewhere['pcs'])}"
+            )
+        sites: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for site in launch["shared"]:
+            line = lines(site.pop("pcs"))
+            into = sites.setdefault((line, site["kind"], site["bytes"]), {"line": line, **dict.fromkeys(site, 0)})
+            into |= {"kind": site["kind"], "bytes": site["bytes"]}
+            for name in ("requests", "lane_bytes", "wavefronts", "ideal_wavefronts"):
+                into[name] += site[name]
+            by_ways = into["by_ways"] or [0] * len(site["by_ways"])
+            into["by_ways"] = [a + b for a, b in zip(by_ways, site["by_ways"], strict=True)]
+        launch["shared"] = [
+            {**site, "by_ways": {ways: n for ways, n in enumerate(site["by_ways"]) if n}} for site in sites.values()
+        ]
+    return launches
+
+
+class Trace:
+    """Counts launches of a tracing build."""
+
+    def __init__(self, module: str) -> None:
+        self._library = ctypes.CDLL(module)
+        self._library.emulation_trace_name.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._library.emulation_trace_name.restype = ctypes.c_bool
+        self._library.emulation_trace_stop.restype = ctypes.c_char_p
+        self._lines = Lines(Path(module))
+
+    def count(self, function: Callable[[], None], buffers: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """What the launches of `function` do; `buffers`: all that they access, contiguous, by name.
+
+        Raises:
+            ValueError: a buffer overlaps another one, or begins in the middle of 32 bytes.
+            RuntimeError: as `named`.
+        """
+        self._library.emulation_trace_start()
+        try:
+            for name, tensor in buffers.items():
+                if not self._library.emulation_trace_name(name.encode(), tensor.data_ptr(), tensor.nbytes):
+                    raise ValueError(
+                        f"buffers: expected memory of its own from a multiple of 32 bytes on, got {tensor.nbytes} "
+                        f"bytes at {tensor.data_ptr():#x} for {name}"
+                    )
+            function()
+        finally:
+            text = self._library.emulation_trace_stop()
+        return named(json.loads(text), self._lines)
