@@ -55,7 +55,7 @@ template <float (*kValue)(unsigned)>
 void multiply_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, const Place& place) {
   const float own[6] = {kValue(a0 & 0xffff), kValue(a0 >> 16),   kValue(a1 & 0xffff),
                         kValue(a1 >> 16),    kValue(b & 0xffff), kValue(b >> 16)};
-  const LaneValues& values = meet(~0u, own, sizeof own, false, place);
+  const LaneValues& values = meet(~0u, own, sizeof own, WarpOperation::kProduct, place);
   Unwatched unwatched;
   const auto of_lane = [&](unsigned lane) { return reinterpret_cast<const float*>(values.of_lane[lane]); };
   const unsigned g = current().lane() / 4, t = current().lane() % 4;
