@@ -107,7 +107,7 @@ def prepare_paths(
     bn: Literal["batch", "running", "recalibrated"] = "batch",
     calibration: Tensor | None = None,
     label_smoothing: float = 0.0,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
     max_memory: int | None = None,
     per_image: bool = False,
 ) -> PreparedEvaluation:
@@ -126,7 +126,7 @@ def prepare_paths(
         bn: "batch", "running" or "recalibrated".
         calibration: floating [M, C, H, W], with bn="recalibrated" only.
         label_smoothing: of the cross-entropy, in [0, 1].
-        precision: None, "fp32" or "bf16".
+        precision: None, "fp32", "bf16" or "fp16".
         max_memory: bytes for activations and working memory.
         per_image: also return the loss of each image.
 
@@ -139,14 +139,15 @@ def prepare_paths(
     chain = Chain.of(supernet)
     checked_paths = arguments.check_paths(paths, chain)
     arguments.check_top_k(k, len(checked_paths))
-    evaluate.check_options(bn, calibration, label_smoothing, precision, max_memory)
+    evaluate.check_options(bn, calibration, label_smoothing, max_memory)
     device, dtype = evaluate.device_and_dtype(chain.modules_of(checked_paths))
+    where = device or torch.device("cpu")
+    arguments.check_precision(precision, where)
     images = arguments.check_images("images", images, device)
     targets = arguments.check_targets(targets, images).detach()
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
     trie = Trie(checked_paths)
-    where = device or torch.device("cpu")
     kind = fused_precision(dtype, precision, where.type)
     described = evaluate.description(chain, trie, images, kind, bn, where)
     if isinstance(described, str):
