@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/kernels/*.h csrc/cpu/kernels/amx/*.h csrc/cuda/*)
 
-.PHONY: help setup demo test test-slow check format bench gpu-check clean
+.PHONY: help setup demo test test-slow check format bench gpu-check emulate-report clean
 help:
 	@echo "make demo       GreedyNAS on real images, some minutes on 2 cores; says where the report is"
 	@echo "make test       the tests, with coverage"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy and clang-format"
 	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
 	@echo "make gpu-check  tests and times on this machine's GPU, in one file"
+	@echo "make emulate-report  what can be known of the CUDA kernels without a GPU; needs nvcc and nvdisasm"
 
 $(VENV)/.dependencies: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -43,18 +44,22 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp' 'bench/*.h' 'bench/*.cu')
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp' 'bench/*.h' 'bench/*.cu')
 
 bench: setup
 	$(BIN)/python bench/evaluate_paths.py --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
 
 gpu-check: setup
 	$(BIN)/python bench/gpu_check.py --output gpu-check.json
+
+emulate-report: setup
+	$(BIN)/python bench/gpu_model.py --output bench/results/emulated/modelled.json --markdown docs/gpu-model.md
+	$(BIN)/python bench/roofline.py
 
 clean:
 	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

@@ -51,8 +51,13 @@ __global__ void __launch_bounds__(kPlainThreads)
 
 constexpr int kMaxJoinWarps = 32;
 constexpr int kJoinChunks = 8;                // of a warp, if there are that few
-constexpr int kJoinBatch = 4;                 // chunks that a warp has on the way
 constexpr int kJoinShare = kTileFloats / 64;  // blocks of a pair of tiles
+// Chunks that a warp has on the way; sums are the same for any number of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kJoinBatch = 3;  // four do not fit 64 registers there
+#else
+constexpr int kJoinBatch = 4;
+#endif
 
 // Chunks' means and centred products -> mean and covariance. A warp takes 64 elements, two to a lane, of
 // every chunk that is its turn.
