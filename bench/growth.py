@@ -8,6 +8,7 @@ Each point is a process of its own: the lowest time of three calls, and by how m
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from job import EAGER, evaluation
 from measure import machine
 
 from greedynas import get_space
-from greedynas.storage import write_json
+from greedynas.storage import write_bytes, write_json
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend
@@ -99,8 +100,10 @@ def draw(found: list[dict[str, Any]], base: Case, picture: Path) -> None:
     size = f"{base.resolution}x{base.resolution}" if base.resolution else "the space's resolution"
     figure.suptitle(f"{base.space}, {base.paths} uniform paths, {base.images} images of {size} unless varied")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format=picture.suffix[1:] or "png")
     plt.close(figure)
+    write_bytes(picture, drawn.getbuffer())
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ struct PathStep {
   int32_t node;
   // True when no later step reads the parent's output, so that it can be freed once this step has run.
   bool frees_parent;
+
+  bool operator==(const PathStep&) const = default;
 };
 
 enum class Traversal {

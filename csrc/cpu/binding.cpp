@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> path_cross_entropy_op(const Tensor& logits, c
                                    correct.mutable_data_ptr<int64_t>()};
   if (type == LogitsType::kFloat64) {
     path_cross_entropy(arguments, losses.mutable_data_ptr<double>(), image_losses.mutable_data_ptr<double>(),
-                       torch_parallel_for_units);
+                       kTorchParallelFor);
   } else {
     path_cross_entropy(arguments, losses.mutable_data_ptr<float>(), image_losses.mutable_data_ptr<float>(),
-                       torch_parallel_for_units);
+                       kTorchParallelFor);
   }
   return {losses, image_losses, correct};
 }
@@ -102,7 +102,7 @@ void run_mixed_op(const ChoiceBlock& block, const Tensor& inputs, const Tensor& 
                              outputs.mutable_data_ptr<T>(),
                              used_statistics.mutable_data_ptr<T>(),
                              torch_threads()};
-  mixed_op(arguments, torch_parallel_for_units);
+  mixed_op(arguments, kTorchParallelFor);
 }
 
 std::tuple<Tensor, Tensor> mixed_op_op(const Tensor& inputs, const Tensor& input_index,

@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "block_kernels.h"
+#include "channel_memory.h"
 #include "operation_source.h"
 #include "parallel.h"
 #include "pilot.h"
@@ -21,6 +22,39 @@ namespace greedynas::cpu {
 template <typename T>
 inline constexpr int64_t kStreamedBytes = kTiled<T> ? 64 << 20 : 16 << 20;
 
+// body(slab, first block, last block) on all blocks of the pixels of all slabs.
+template <typename Body>
+void for_blocks(const SlabCut& cut, int64_t images, int64_t image_pixels, int64_t work,
+                const ParallelFor& parallel_for, const Body& body) {
+  const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
+  parallel_for(cut.slabs * blocks, work, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t slab = begin / blocks, last = std::min(end, (slab + 1) * blocks);
+      const int64_t pixels = std::min(cut.images, images - slab * cut.images) * image_pixels;
+      const int64_t real = std::min(last - slab * blocks, ceil_div(pixels, kBlockPixels));
+      body(slab, begin - slab * blocks, real);
+      begin = last;
+    }
+  });
+}
+
+// Kernels::finish of all pixels, with a pilot the sums of each of segments_of(f.pixels) segments (join_gram).
+template <typename T>
+void finish_everywhere(const Kernels<T>& k, const FinishMap<T>& f, double* segments,
+                       const ParallelFor& parallel_for) {
+  const int64_t stride = row_channels<T>(f.channels), size = stride * (stride + 1);
+  const int64_t units = ceil_div(f.pixels, kGramPixels), parts = f.pilot ? segments_of(f.pixels) : units;
+  const int64_t work = kGramPixels * stride * (f.pilot ? stride / 2 : 2) * units / parts;
+  parallel_for(parts, work, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      double* sums = segments + part * size;
+      if (f.pilot) std::fill_n(sums, size, 0.0);
+      k.finish(f, part * units / parts, (part + 1) * units / parts, sums + stride, sums);
+    }
+  });
+}
+
+// Of one operation at a time: what it keeps of its channels lies in the workspace until the next one begins.
 template <typename T>
 class BlockRunner {
   using C = Compute<T>;
@@ -28,12 +62,16 @@ class BlockRunner {
  public:
   BlockRunner(const Kernels<T>& kernels, int64_t images, const Workspace<T>& workspace,
               const ParallelFor& parallel_for)
-      : k_(kernels), images_(images), workspace_(workspace), parallel_for_(parallel_for) {}
+      : k_(kernels),
+        images_(images),
+        workspace_(workspace),
+        memory_(workspace.channels, workspace.channel_bytes),
+        parallel_for_(parallel_for) {}
 
   // An operation that is no identity. Without `known` statistics those of the batch, kept in `used` unless
   // that is null.
   void run(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
-           const Map<T>& in, const Map<T>& out) const {
+           const Map<T>& in, const Map<T>& out) {
     if (op.source.kind == kConvBn) {
       const StridedInput<T> strided{in.data,        images_,           in.shape.height,
                                     in.shape.width, in.shape.channels, op.source.stride};
@@ -50,9 +88,9 @@ class BlockRunner {
   }
 
   // Those of a pointwise convolution of a map.
-  Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) const {
+  Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) {
     const int64_t stride = row_channels<T>(channels), depth = in.shape.channels;
-    Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
+    const auto result = Moments<C>::take(stride, memory_);
     parallel_for_(ceil_div(stride, k_.group_width), depth * depth * k_.group_width / 2,
                   [&](int64_t begin, int64_t end) {
                     for (int64_t group = begin; group < end; ++group) {
@@ -64,34 +102,31 @@ class BlockRunner {
   }
 
   // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
-  void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) const {
-    const int64_t pixels = images_ * map.shape.pixels(), stride = row_channels<T>(map.shape.channels);
+  void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) {
+    const int64_t pixels = images_ * map.shape.pixels();
     FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
                    activation, residual, nullptr};
     if (affine) {
       f.scale = affine->scale.data();
       f.shift = affine->shift.data();
     }
-    std::vector<C> pilot;
-    if (map.moments.mean) {
-      pilot = pilot_of(k_, f);
-      f.pilot = pilot.data();
-    }
-    const int64_t units = ceil_div(pixels, kGramPixels), segments = segments_of(pixels),
-                  size = stride * (stride + 1);
-    auto* sums = workspace_.segments;
-    const int64_t parts = f.pilot ? segments : units;
-    const int64_t work = kGramPixels * stride * (f.pilot ? stride / 2 : 2) * units / parts;
-    parallel_for_(parts, work, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        double* segment = sums + part * size;
-        if (f.pilot) std::fill_n(segment, size, 0.0);
-        k_.finish(f, part * units / parts, (part + 1) * units / parts, segment + stride, segment);
-      }
-    });
+    if (map.moments.mean) f.pilot = pilot_of(k_, f, memory_).data();
+    finish_everywhere(k_, f, workspace_.segments, parallel_for_);
     if (f.pilot) {
-      join_gram<C>(sums, segments, pixels, f.pilot, map.shape.channels, stride, map.moments, parallel_for_);
+      join_gram<C>(workspace_.segments, segments_of(pixels), pixels, f.pilot, map.shape.channels,
+                   row_channels<T>(map.shape.channels), map.moments, memory_, parallel_for_);
     }
+  }
+
+  // What BatchNorm does with those statistics of the batch, which are kept in `used` unless that is null.
+  Affine<C> affine(const PackedOperation<T>& op, int64_t stage, OperationStatistics<C>* used,
+                   const Moments<C>& moments) {
+    if (used) used->stages[stage].keep(moments);
+    return op.batch_norms[stage].affine(moments.mean, moments.variance, memory_);
+  }
+
+  Affine<C> affine(const PackedOperation<T>& op, int64_t stage, const OperationStatistics<C>& known) {
+    return op.batch_norms[stage].affine(known.stages[stage].mean, known.stages[stage].variance, memory_);
   }
 
   Linear<C> linear(const C* in, int64_t rows, int64_t in_stride, int64_t depth_of, const C* weight,
@@ -107,7 +142,7 @@ class BlockRunner {
   // An inverted bottleneck with the statistics of the batch, which are kept in `used` unless that is null.
   // `pending`: what the input still has to undergo.
   void bottleneck_of_batch(const PackedOperation<T>& op, OperationStatistics<C>* used, const Map<T>& in,
-                           const Affine<C>* pending, int64_t pending_activation, const Map<T>& out) const {
+                           const Affine<C>* pending, int64_t pending_activation, const Map<T>& out) {
     const OperationSource& o = op.source;
     const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
     const SlabCut cut(images_, image_pixels);
@@ -118,7 +153,7 @@ class BlockRunner {
       pending_activation = o.activation;
     }
     ExpandDepthwise<T> e = expand_depthwise(op, in, pending, pending_activation, cut);
-    std::vector<C> factor;
+    std::span<const C> factor;
     if (op.half_depthwise && pending) {
       e.half_depthwise = op.half_depthwise;
       e.factor = pending->factor.data();
@@ -134,12 +169,13 @@ class BlockRunner {
     const auto slab_pixels = [&](int64_t slab) {
       return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
     };
-    Moments<C> moments = join_partials<C>(e.partials, cut.slabs, slab_pixels, hidden, parallel_for_);
+    const Moments<C> moments =
+        join_partials<C>(e.partials, cut.slabs, slab_pixels, hidden, memory_, parallel_for_);
     for (std::size_t c = 0; c < factor.size(); ++c) {
       moments.mean[c] /= factor[c];
       moments.variance[c] /= factor[c] * factor[c];
     }
-    Affine<C> middle = affine(op, kDepthwiseBn, used, moments);
+    const Affine<C> middle = affine(op, kDepthwiseBn, used, moments);
     for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
 
     ProjectInput<T> p = project_input(op, e, middle, cut, image_pixels);
@@ -156,7 +192,7 @@ class BlockRunner {
     const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,
                                 nullptr,    nullptr,           kLinear,        nullptr,
                                 e.partials, project_factor(op)};
-    for_blocks(cut, image_pixels, kBlockPixels * hidden * o.out_channels,
+    for_blocks(cut, images_, image_pixels, kBlockPixels * hidden * o.out_channels, parallel_for_,
                [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
     const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
     const auto block_pixels = [&](int64_t unit) {
@@ -164,25 +200,25 @@ class BlockRunner {
     };
     const Affine<C> after = affine(op, kProjectBn, used,
                                    join_partials<C>(e.partials, cut.slabs * blocks, block_pixels,
-                                                    row_channels<T>(o.out_channels), parallel_for_));
+                                                    row_channels<T>(o.out_channels), memory_, parallel_for_));
     finish(out, &after, kLinear, o.residual ? in.data : nullptr);
   }
 
   // An inverted bottleneck whose statistics are known: slab by slab, and nothing but the output is stored.
   void bottleneck_with_constants(const PackedOperation<T>& op, const OperationStatistics<C>& known,
-                                 const Map<T>& in, const Map<T>& out) const {
+                                 const Map<T>& in, const Map<T>& out) {
     const OperationSource& o = op.source;
     const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
     const SlabCut cut(images_, image_pixels);
     Affine<C> before;
-    if (op.expand) before = op.batch_norms[kExpandBn].affine(known.stages[kExpandBn]);
-    Affine<C> middle = op.batch_norms[kDepthwiseBn].affine(known.stages[kDepthwiseBn]);
+    if (op.expand) before = affine(op, kExpandBn, known);
+    const Affine<C> middle = affine(op, kDepthwiseBn, known);
     const bool halves = op.half_depthwise && op.expand;
     if (halves) {
-      const std::vector<C> factor = depthwise_factor(op, before);
+      const std::span<const C> factor = depthwise_factor(op, before);
       for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
     }
-    const Affine<C> after = op.batch_norms[kProjectBn].affine(known.stages[kProjectBn]);
+    const Affine<C> after = affine(op, kProjectBn, known);
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t work =
         cut.images * hidden * (in.shape.pixels() * o.in_channels + image_pixels * o.out_channels);
@@ -231,14 +267,14 @@ class BlockRunner {
   // output still has to undergo with the statistics of the batch.
   template <typename Run>
   Affine<C> convolution(const PackedOperation<T>& op, const OperationStatistics<C>* known,
-                        OperationStatistics<C>* used, const Map<T>& out, const Run& run) const {
+                        OperationStatistics<C>* used, const Map<T>& out, const Run& run) {
     const OperationSource& o = op.source;
     const int64_t pixels = images_ * out.shape.pixels(), blocks = ceil_div(pixels, kBlockPixels);
     PointwiseOutput<T> to{op.project, o.depth(),    o.out_channels, out.data, nullptr,
                           nullptr,    o.activation, nullptr,        nullptr};
     Affine<C> after;
     if (known) {
-      after = op.batch_norms[kProjectBn].affine(known->stages[kProjectBn]);
+      after = affine(op, kProjectBn, *known);
       to.scale = after.scale.data();
       to.shift = after.shift.data();
     } else {
@@ -248,23 +284,19 @@ class BlockRunner {
                   [&](int64_t begin, int64_t end) { run(to, begin, end); });
     if (!to.partials) return after;
     const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
-    return affine(
-        op, kProjectBn, used,
-        join_partials<C>(to.partials, blocks, count, row_channels<T>(o.out_channels), parallel_for_));
+    return affine(op, kProjectBn, used,
+                  join_partials<C>(to.partials, blocks, count, row_channels<T>(o.out_channels), memory_,
+                                   parallel_for_));
   }
 
  private:
-  static Affine<C> affine(const PackedOperation<T>& op, int64_t stage, OperationStatistics<C>* used,
-                          const Moments<C>& moments) {
-    if (used) used->stages[stage] = moments;
-    return op.batch_norms[stage].affine(moments);
-  }
-
   // What the depthwise outputs of halves are multiplied by: the factors of what goes in, and those of the
   // weights.
-  static std::vector<C> depthwise_factor(const PackedOperation<T>& op, const Affine<C>& before) {
-    std::vector<C> result = op.half_depthwise_factor;
-    for (std::size_t c = 0; c < result.size(); ++c) result[c] *= before.factor[c];
+  std::span<const C> depthwise_factor(const PackedOperation<T>& op, const Affine<C>& before) {
+    const std::span<C> result = memory_.take<C>(op.hidden_stride());
+    for (std::size_t c = 0; c < result.size(); ++c) {
+      result[c] = op.half_depthwise_factor[c] * before.factor[c];
+    }
     return result;
   }
 
@@ -324,23 +356,10 @@ class BlockRunner {
                       op.hidden_stride(), gate, gates));
   }
 
-  template <typename Body>
-  void for_blocks(const SlabCut& cut, int64_t image_pixels, int64_t work, const Body& body) const {
-    const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
-    parallel_for_(cut.slabs * blocks, work, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t slab = begin / blocks, last = std::min(end, (slab + 1) * blocks);
-        const int64_t pixels = std::min(cut.images, images_ - slab * cut.images) * image_pixels;
-        const int64_t real = std::min(last - slab * blocks, ceil_div(pixels, kBlockPixels));
-        body(slab, begin - slab * blocks, real);
-        begin = last;
-      }
-    });
-  }
-
   const Kernels<T>& k_;
   int64_t images_;
   Workspace<T> workspace_;
+  ChannelMemory memory_;
   const ParallelFor& parallel_for_;
 };
 

@@ -68,10 +68,14 @@ class Evaluation final : public ChainEvaluation {
   }
 
   void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) override {
+    const bool laid_out = layout_.bytes > 0 && steps == steps_ && batch.count == batch_.count &&
+                          batch.height == batch_.height && batch.width == batch_.width &&
+                          batch.threads == batch_.threads && statistics == statistics_;
+    if (!laid_out)
+      layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics, batch.threads);
     steps_ = steps;
     batch_ = batch;
     statistics_ = statistics;
-    layout_ = lay_out(steps, batch.count, batch.height, batch.width, statistics, batch.threads);
     memory_.at_least(layout_.bytes);
     next_step_ = -1;
   }
@@ -171,6 +175,7 @@ class Evaluation final : public ChainEvaluation {
       if (leaf_of_node_[step.node] >= 0) release(slot);
     }
 
+    needs.consider_channels(s_.head);
     WorkspaceLayout<T> workspace(needs, arena.size());
     result.pooled = workspace.add(count * row_channels<T>(s_.head.out_channels), sizeof(C));
     result.logits = workspace.add(count * s_.classes, sizeof(C));
@@ -231,7 +236,7 @@ class Evaluation final : public ChainEvaluation {
     shape = shape.after(s_.stem);
     Map<T> map = map_at(layout_.stem_map[0], shape, blocks ? expands(0) : needs_moments_[0]);
     clear_slack(map, batch_.count);
-    const BlockRunner<T> run = runner();
+    BlockRunner<T> run = runner();
     const Affine<C> pending = run.convolution(stem_, known(stem_, 0), used(0), map,
                                               [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
                                                 k_.patches(images, to, begin, end);
@@ -248,7 +253,7 @@ class Evaluation final : public ChainEvaluation {
       if (batch && i == 0 && passes_on) {
         run.bottleneck_of_batch(op, used(1), map, &pending, s_.stem.activation, out);
       } else {
-        run.run(op, known(op, 1 + i), used(1 + i), map, out);
+        runner().run(op, known(op, 1 + i), used(1 + i), map, out);
       }
       map = out;
     }
@@ -275,12 +280,12 @@ class Evaluation final : public ChainEvaluation {
     double since = now();
     const int64_t leaf = leaf_of_node_[node];
     const int64_t site = 1 + static_cast<int64_t>(stem_blocks_.size() + s_.nodes.size()) + leaf;
-    const BlockRunner<T> run = runner();
+    BlockRunner<T> run = runner();
     const OperationStatistics<C>* given = known(head_, site);
-    const Moments<C> moments =
-        given ? given->stages[kProjectBn] : run.pointwise_moments(in, head_.project, s_.head.out_channels);
-    if (OperationStatistics<C>* keep = used(site)) keep->stages[kProjectBn] = moments;
-    const Affine<C> after = head_.batch_norms[kProjectBn].affine(moments);
+    const Affine<C> after = given
+                                ? run.affine(head_, kProjectBn, *given)
+                                : run.affine(head_, kProjectBn, used(site),
+                                             run.pointwise_moments(in, head_.project, s_.head.out_channels));
     if (statistics_ == Statistics::kCapture) return;
     const int64_t channels = s_.head.out_channels;
     const SlabCut cut(batch_.count, in.shape.pixels());

@@ -43,6 +43,8 @@ class ChainEvaluation {
   virtual int64_t needed_bytes(const std::vector<PathStep>& steps, int64_t count, int64_t height,
                                int64_t width, Statistics statistics, int64_t threads) const = 0;
 
+  // Where steps, sizes, statistics and number of threads are those of the last time, this and what `advance`
+  // does then allocate nothing, once each thread has worked before.
   virtual void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics) = 0;
 
   // Works for about that long. Returns whether all is done.

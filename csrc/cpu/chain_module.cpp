@@ -17,8 +17,6 @@ using namespace greedynas::cpu;
 
 namespace {
 
-const ParallelFor kParallelFor = torch_parallel_for_units;
-
 std::unique_ptr<ChainEvaluation> make_evaluation(const Rows& rows, const Doubles& eps, int64_t stem_blocks,
                                                  const Steps& nodes, int64_t classifier_weight,
                                                  int64_t classifier_bias, int64_t classes,
@@ -52,7 +50,8 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
            py::arg("stem_blocks"), py::arg("nodes").noconvert(), py::arg("classifier_weight"),
            py::arg("classifier_bias"), py::arg("classes"), py::arg("precision"))
       .def(
-          "pack", [](ChainEvaluation& e) { e.pack(kParallelFor); }, py::call_guard<py::gil_scoped_release>())
+          "pack", [](ChainEvaluation& e) { e.pack(kTorchParallelFor); },
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "needed_bytes",
           [](const ChainEvaluation& e, const Steps& steps, int64_t count, int64_t height, int64_t width,
@@ -81,7 +80,7 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
           py::arg("steps"), py::arg("images"), py::arg("sizes"), py::arg("strides"), py::arg("targets"),
           py::arg("label_smoothing"), py::arg("image_losses"), py::arg("correct"), py::arg("statistics"))
       .def(
-          "advance", [](ChainEvaluation& e, double seconds) { return e.advance(seconds, kParallelFor); },
+          "advance", [](ChainEvaluation& e, double seconds) { return e.advance(seconds, kTorchParallelFor); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
           "Works for about that many seconds; whether all is done.")
       .def_property_readonly("times",

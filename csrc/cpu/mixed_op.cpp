@@ -33,7 +33,7 @@ class MixedOpRun {
     const int64_t output = layout.add(out_elements, sizeof(T));
     const int64_t moments = layout.add(MapMoments<T>::size(padded(a_.channels), a_.channels), sizeof(T));
     char* base = memory_.at_least(layout.end);
-    const BlockRunner<T> runner(k_, a_.images, layout.at(base), parallel_for_);
+    const auto runner = [&] { return BlockRunner<T>(k_, a_.images, layout.at(base), parallel_for_); };
     Map<T> in{reinterpret_cast<T*>(base + input), in_shape, {}};
     T* out_memory = reinterpret_cast<T*>(base + output);
     T* moments_memory = reinterpret_cast<T*>(base + moments);
@@ -60,9 +60,9 @@ class MixedOpRun {
       }
       if (op.expand && !a_.statistics && !in.moments.mean) {
         in.moments = {moments_memory, moments_memory + padded(a_.channels)};
-        runner.finish(in, nullptr, kLinear, nullptr);
+        runner().finish(in, nullptr, kLinear, nullptr);
       }
-      run_node(runner, node, op, in, out_memory);
+      run_node(runner(), node, op, in, out_memory);
     }
   }
 
@@ -112,7 +112,7 @@ class MixedOpRun {
     return s;
   }
 
-  void run_node(const BlockRunner<T>& runner, int64_t node, const PackedOperation<T>& op, const Map<T>& in,
+  void run_node(BlockRunner<T> runner, int64_t node, const PackedOperation<T>& op, const Map<T>& in,
                 T* out_memory) {
     const ChoiceOperation& o = a_.operations[a_.op_index[node]];
     const int64_t columns[] = {o.expand_statistics, o.depthwise_statistics, o.project_statistics};

@@ -48,6 +48,18 @@ struct Float16 {
   }
 };
 
+// Memory of a thread that stays allocated from call to call.
+template <typename V>
+V* at_least(std::vector<V>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+struct ChunkSums {
+  double loss;
+  int64_t correct;
+};
+
 struct ImageResult {
   double loss;
   bool correct;
@@ -85,38 +97,36 @@ template <typename Type, typename Value>
 void run(const PathCrossEntropy& a, Value* losses, Value* image_losses, const ParallelFor& parallel_for) {
   const auto* logits = static_cast<const typename Type::Stored*>(a.logits);
   const int64_t chunks = ceil_div(a.images, kChunk);
-  std::vector<double> loss_sums(a.paths * chunks);
-  std::vector<int64_t> correct_counts(a.paths * chunks);
+  thread_local std::vector<ChunkSums> sums_memory;
+  ChunkSums* sums = at_least(sums_memory, a.paths * chunks);
   const int64_t chunk_work = kChunk * a.classes * kExponential;
   parallel_for(a.paths * chunks, chunk_work, [&](int64_t begin, int64_t end) {
-    std::vector<double> row(a.classes);
+    thread_local std::vector<double> row_memory;
+    double* row = at_least(row_memory, a.classes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t path = unit / chunks;
       const int64_t first = unit % chunks * kChunk;
       const int64_t last = std::min(first + kChunk, a.images);
-      double loss_sum = 0;
-      int64_t correct = 0;
+      ChunkSums sum{};
       for (int64_t image = first; image < last; ++image) {
         const auto* source = logits + path * a.path_stride + image * a.image_stride;
         for (int64_t c = 0; c < a.classes; ++c) row[c] = Type::value(source[c * a.class_stride]);
-        const ImageResult result = image_loss(row.data(), a.classes, a.targets[image], a.label_smoothing);
+        const ImageResult result = image_loss(row, a.classes, a.targets[image], a.label_smoothing);
         image_losses[path * a.images + image] = static_cast<Value>(result.loss);
-        loss_sum += result.loss;
-        correct += result.correct;
+        sum.loss += result.loss;
+        sum.correct += result.correct;
       }
-      loss_sums[unit] = loss_sum;
-      correct_counts[unit] = correct;
+      sums[unit] = sum;
     }
   });
   for (int64_t path = 0; path < a.paths; ++path) {
-    double loss_sum = 0;
-    int64_t correct = 0;
+    ChunkSums total{};
     for (int64_t unit = path * chunks; unit < (path + 1) * chunks; ++unit) {
-      loss_sum += loss_sums[unit];
-      correct += correct_counts[unit];
+      total.loss += sums[unit].loss;
+      total.correct += sums[unit].correct;
     }
-    losses[path] = static_cast<Value>(loss_sum / static_cast<double>(a.images));
-    a.correct[path] = correct;
+    losses[path] = static_cast<Value>(total.loss / static_cast<double>(a.images));
+    a.correct[path] = total.correct;
   }
 }
 

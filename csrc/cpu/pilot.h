@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <span>
 
 #include "block_kernels.h"
+#include "channel_memory.h"
 #include "weights.h"
 
 namespace greedynas::cpu {
+
+inline constexpr int64_t kPilotPixels = 64;  // that a pilot is the mean of, at most
 
 template <typename C>
 C value_of(C x) {
@@ -27,7 +30,7 @@ inline float value_of(TiledBFloat16 x) { return value_of_bfloat16(x.bits); }
 // Tiles multiply bfloat16. Of values whose mean is less than a few deviations from 0 nothing cancels, and
 // they stay as they are; the distance of others from a pilot is mostly a bfloat16, if that is one.
 template <typename T>
-void keep_far_pilots(const std::vector<T>& values, int64_t samples, std::vector<Compute<T>>& pilot) {
+void keep_far_pilots(std::span<const T> values, int64_t samples, std::span<Compute<T>> pilot) {
   using C = Compute<T>;
   const auto stride = static_cast<int64_t>(pilot.size());
   for (int64_t c = 0; c < stride; ++c) {
@@ -44,11 +47,13 @@ void keep_far_pilots(const std::vector<T>& values, int64_t samples, std::vector<
 // The mean of some pixels all over a map that `f` is to finish; kTiled kernels get it only where they need
 // it.
 template <typename T>
-std::vector<Compute<T>> pilot_of(const Kernels<T>& kernels, const FinishMap<T>& f) {
+std::span<const Compute<T>> pilot_of(const Kernels<T>& kernels, const FinishMap<T>& f,
+                                     ChannelMemory& memory) {
   using C = Compute<T>;
-  const int64_t stride = row_channels<T>(f.channels), samples = std::min<int64_t>(f.pixels, 64);
+  const int64_t stride = row_channels<T>(f.channels), samples = std::min(f.pixels, kPilotPixels);
   FinishMap<T> sample = f;
-  std::vector<T> raw(samples * stride), out(samples * stride), residual(samples * stride);
+  const auto rows = [&] { return memory.take<T>(samples * stride); };
+  const std::span<T> raw = rows(), out = rows(), residual = rows();
   for (int64_t i = 0; i < samples; ++i) {
     const int64_t row = i * f.pixels / samples * stride;
     std::copy_n(f.raw + row, stride, raw.data() + i * stride);
@@ -60,8 +65,8 @@ std::vector<Compute<T>> pilot_of(const Kernels<T>& kernels, const FinishMap<T>& 
   sample.residual = f.residual ? residual.data() : nullptr;
   sample.pilot = nullptr;
   kernels.finish(sample, 0, 1, nullptr, nullptr);
-  const std::vector<T>& values = f.scale ? out : raw;
-  std::vector<C> pilot(stride, C(0));
+  const std::span<const T> values = f.scale ? out : raw;
+  const std::span<C> pilot = memory.take<C>(stride);
   for (int64_t i = 0; i < samples; ++i) {
     for (int64_t c = 0; c < stride; ++c) pilot[c] += value_of(values[i * stride + c]);
   }
@@ -69,7 +74,7 @@ std::vector<Compute<T>> pilot_of(const Kernels<T>& kernels, const FinishMap<T>& 
     mean /= static_cast<C>(samples);
     if (!(mean - mean == C(0))) mean = C(0);  // what is not finite shows in the products
   }
-  if constexpr (kTiled<T>) keep_far_pilots(values, samples, pilot);
+  if constexpr (kTiled<T>) keep_far_pilots<T>(values, samples, pilot);
   return pilot;
 }
 

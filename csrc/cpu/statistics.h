@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "block_kernels.h"
+#include "channel_memory.h"
 #include "weights.h"
 
 namespace greedynas::cpu {
@@ -14,8 +15,8 @@ namespace greedynas::cpu {
 // `stride`: of the partials' channels, a multiple of kLanes.
 template <typename C, typename Count>
 Moments<C> join_partials(const double* partials, int64_t units, const Count& count_of, int64_t stride,
-                         const ParallelFor& parallel_for) {
-  Moments<C> result{std::vector<C>(stride), std::vector<C>(stride)};
+                         ChannelMemory& memory, const ParallelFor& parallel_for) {
+  const auto result = Moments<C>::take(stride, memory);
   double total = 0;
   for (int64_t u = 0; u < units; ++u) total += static_cast<double>(count_of(u));
   parallel_for(stride / kLanes, units * kLanes * 8, [&](int64_t begin, int64_t end) {
@@ -61,10 +62,11 @@ struct MapMoments {
 // The sums of `finish` over segments of the pixels, each [stride] sums and [stride][stride] products.
 template <typename C>
 void join_gram(const double* segments, int64_t count, int64_t pixels, const C* pilot, int64_t channels,
-               int64_t stride, const MapMoments<C>& out, const ParallelFor& parallel_for) {
+               int64_t stride, const MapMoments<C>& out, ChannelMemory& memory,
+               const ParallelFor& parallel_for) {
   const int64_t size = stride * (stride + 1);
   const auto n = static_cast<double>(pixels);
-  std::vector<double> shift(channels);
+  const std::span<double> shift = memory.take<double>(channels);
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0;
     for (int64_t s = 0; s < count; ++s) sum += segments[s * size + c];

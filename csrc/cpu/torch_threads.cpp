@@ -9,7 +9,7 @@
 
 namespace greedynas::cpu {
 
-void torch_parallel_for_units(int64_t units, int64_t unit_work, const RangeBody& body) {
+void TorchParallelFor::operator()(int64_t units, int64_t unit_work, const RangeBody& body) const {
   constexpr int64_t kWorthAThread = 1 << 17;  // multiplications: about as long as it takes to wake a thread
   struct Context {
     const RangeBody& body;

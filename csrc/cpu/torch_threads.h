@@ -8,7 +8,10 @@
 namespace greedynas::cpu {
 
 // A ParallelFor on ATen's pool. The first exception of a thread is thrown again where the loop was called.
-void torch_parallel_for_units(int64_t units, int64_t unit_work, const RangeBody& body);
+struct TorchParallelFor {
+  void operator()(int64_t units, int64_t unit_work, const RangeBody& body) const;
+};
+inline constexpr TorchParallelFor kTorchParallelFor{};
 
 // torch.get_num_threads()
 int64_t torch_threads();

@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "arena.h"
 #include "block_kernels.h"
+#include "channel_memory.h"
 #include "memory_cache.h"
 #include "operation_source.h"
 
@@ -19,20 +21,35 @@ namespace greedynas::cpu {
 // What BatchNorm multiplies by and adds; padding is 0, so that padded channels stay 0 under every activation.
 template <typename C>
 struct Affine {
-  std::vector<C> scale, shift;
-  std::vector<C> factor;  // of BatchNorm
+  std::span<C> scale, shift;
+  std::span<const C> factor;  // of BatchNorm
 };
 
 // Mean and biased variance of channels.
 template <typename C>
 struct Moments {
+  std::span<C> mean, variance;
+
+  static Moments take(int64_t stride, ChannelMemory& memory) {
+    return {memory.take<C>(stride), memory.take<C>(stride)};
+  }
+};
+
+// The same, kept.
+template <typename C>
+struct KeptMoments {
   std::vector<C> mean, variance;
+
+  void keep(const Moments<C>& moments) {
+    mean.assign(moments.mean.begin(), moments.mean.end());
+    variance.assign(moments.variance.begin(), moments.variance.end());
+  }
 };
 
 // Those of an operation's BatchNorms.
 template <typename C>
 struct OperationStatistics {
-  Moments<C> stages[kBatchNormStages];
+  KeptMoments<C> stages[kBatchNormStages];
 };
 
 template <typename C>
@@ -44,14 +61,13 @@ struct BatchNorm {
   // from both ends of its range.
   std::vector<C> factor{};
 
-  Affine<C> affine(const Moments<C>& moments) const {
-    Affine<C> result{std::vector<C>(gamma.size()), std::vector<C>(gamma.size()), factor};
+  Affine<C> affine(std::span<const C> mean, std::span<const C> variance, ChannelMemory& memory) const {
+    const auto stride = static_cast<int64_t>(gamma.size());
+    const Affine<C> result{memory.take<C>(stride), memory.take<C>(stride), factor};
     for (int64_t c = 0; c < channels; ++c) {
-      const double scale =
-          static_cast<double>(gamma[c]) / std::sqrt(static_cast<double>(moments.variance[c]) + eps);
+      const double scale = static_cast<double>(gamma[c]) / std::sqrt(static_cast<double>(variance[c]) + eps);
       result.scale[c] = static_cast<C>(scale);
-      result.shift[c] =
-          static_cast<C>(static_cast<double>(beta[c]) - static_cast<double>(moments.mean[c]) * scale);
+      result.shift[c] = static_cast<C>(static_cast<double>(beta[c]) - static_cast<double>(mean[c]) * scale);
     }
     return result;
   }

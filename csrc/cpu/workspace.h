@@ -5,7 +5,9 @@
 #include <cstdint>
 
 #include "block_kernels.h"
+#include "channel_memory.h"
 #include "operation_source.h"
+#include "pilot.h"
 #include "statistics.h"
 
 namespace greedynas::cpu {
@@ -49,6 +51,8 @@ struct Workspace {
   double *partials, *segments;
   C* gates;  // means, then gates
   C* squeezed;
+  char* channels;  // for ChannelMemory
+  int64_t channel_bytes;
   // With known statistics there are this many parts of everything, each for a thread's slab.
   int64_t parts, depthwise_part, gates_part, squeezed_part;
 };
@@ -59,9 +63,11 @@ struct WorkspaceNeeds {
   int64_t images, threads;
   bool of_batch;  // whether statistics are those of the batch
   int64_t depthwise = 0, partials = 0, segments = 0, gates = 0, squeezed = 0;
+  int64_t channel_bytes = 0, pilot_bytes = 0;
 
   void consider(const OperationSource& o, const Shape& in) {
     if (o.kind == kIdentity) return;
+    consider_channels(o);
     const Shape out = in.after(o);
     const SlabCut cut(images, out.pixels());
     const int64_t at_once = of_batch ? images : cut.images;
@@ -75,9 +81,19 @@ struct WorkspaceNeeds {
                          blocks * 3 * row_channels<T>(o.out_channels)});
   }
 
+  // Moments and an affine map of each BatchNorm; of the hidden channels those of two, and a factor.
+  void consider_channels(const OperationSource& o) {
+    const int64_t values = 9 * row_channels<T>(o.hidden_channels) + 4 * row_channels<T>(o.out_channels);
+    channel_bytes = std::max(channel_bytes, values * int64_t{sizeof(Compute<T>)});
+  }
+
   void consider_moments(const Shape& shape) {
     const int64_t stride = row_channels<T>(shape.channels);
     segments = std::max(segments, segments_of(images * shape.pixels()) * stride * (stride + 1));
+    // A pilot and the pixels that it is from: as they are, finished, and what is added; join_gram's shift.
+    const int64_t pixel = 3 * kPilotPixels * int64_t{sizeof(T)};
+    pilot_bytes =
+        std::max(pilot_bytes, stride * (pixel + int64_t{sizeof(Compute<T>)} + int64_t{sizeof(double)}));
   }
 };
 
@@ -86,27 +102,28 @@ template <typename T>
 struct WorkspaceLayout {
   using C = Compute<T>;
   WorkspaceNeeds<T> needs;
-  int64_t parts, depthwise, partials, segments, gates, squeezed, end;
+  int64_t parts, depthwise, partials, segments, gates, squeezed, channels, channel_bytes, end;
 
   WorkspaceLayout() = default;
   WorkspaceLayout(const WorkspaceNeeds<T>& of, int64_t begin)
       : needs(of),
         parts(of.of_batch ? 1 : std::max<int64_t>(1, std::min(of.threads, of.images))),
         end(begin) {
-    const auto whole_lines = [](int64_t& count) { count = (count + 63) / 64 * 64; };
-    whole_lines(needs.depthwise);
-    whole_lines(needs.gates);
-    whole_lines(needs.squeezed);
+    // Multiples of 64 elements, of whatever size.
+    for (int64_t* count : {&needs.depthwise, &needs.gates, &needs.squeezed}) *count = whole_lines(*count);
     depthwise = add(parts * needs.depthwise, sizeof(T));
     partials = add(needs.partials, sizeof(double));
     segments = add(needs.segments, sizeof(double));
     gates = add(parts * needs.gates, sizeof(C));
     squeezed = add(parts * needs.squeezed, sizeof(C));
+    // Of two operations: the stem's convolution is finished by the block that reads it.
+    channel_bytes = 2 * needs.channel_bytes + needs.pilot_bytes;
+    channels = add(channel_bytes, 1);
   }
 
   int64_t add(int64_t count, int64_t size) {
     const int64_t offset = end;
-    end += (count * size + 63) / 64 * 64;
+    end += whole_lines(count * size);
     return offset;
   }
 
@@ -116,6 +133,8 @@ struct WorkspaceLayout {
             reinterpret_cast<double*>(base + segments),
             reinterpret_cast<C*>(base + gates),
             reinterpret_cast<C*>(base + squeezed),
+            base + channels,
+            channel_bytes,
             parts,
             needs.depthwise,
             needs.gates,

@@ -5,12 +5,11 @@
 #pragma once
 
 #include <deque>
-#include <thread>
 
 #include "cpu/chain.h"
+#include "cpu/thread_team.h"
 #include "kernel_reference.h"
 #include "path_plan.h"
-#include "thread_team.h"
 
 namespace reference {
 
@@ -54,16 +53,17 @@ class RandomChain {
     for (int64_t i = 0; i < kImages; ++i) targets_.push_back(i % kClasses);
   }
 
-  std::unique_ptr<ChainEvaluation> make(int team) const {
+  std::unique_ptr<ChainEvaluation> make(const ThreadTeam& team) const {
     auto evaluation = make_chain_evaluation(source_, precision_);
-    evaluation->pack(threads(team));
+    evaluation->pack(team);
     return evaluation;
   }
 
   // The losses of all images, leaf by leaf, and the numbers of correct ones. `seconds`: of each piece of
-  // work.
-  std::vector<double> run(ChainEvaluation& evaluation, Statistics statistics, Traversal traversal, int team,
-                          double seconds = 1e9) const {
+  // work. `around(work)` has to call work(), the evaluation and nothing else.
+  template <typename Around>
+  std::vector<double> run(ChainEvaluation& evaluation, Statistics statistics, Traversal traversal,
+                          const ThreadTeam& team, double seconds, const Around& around) const {
     int64_t leaves = 0;
     for (const PathNode& node : source_.nodes) leaves += node.layer == 2;
     Output<C> losses(leaves * kImages);
@@ -78,10 +78,13 @@ class RandomChain {
                       0.1,
                       captures ? nullptr : losses.data(),
                       captures ? nullptr : correct.data(),
-                      team};
-    evaluation.start(plan_.steps(traversal), batch, statistics);
-    while (!evaluation.advance(seconds, threads(team))) {
-    }
+                      team.size()};
+    const std::vector<PathStep> steps = plan_.steps(traversal);
+    around([&] {
+      evaluation.start(steps, batch, statistics);
+      while (!evaluation.advance(seconds, team)) {
+      }
+    });
     losses.check_guard("chain");
     std::vector<double> result(losses.data(), losses.data() + leaves * kImages);
     result.insert(result.end(), correct.begin(), correct.end());
@@ -89,6 +92,11 @@ class RandomChain {
       if (!captures && !(value >= 0 && value < 1e6)) fail("chain: a loss is " + std::to_string(value));
     }
     return result;
+  }
+
+  std::vector<double> run(ChainEvaluation& evaluation, Statistics statistics, Traversal traversal,
+                          const ThreadTeam& team, double seconds = 1e9) const {
+    return run(evaluation, statistics, traversal, team, seconds, [](const auto& work) { work(); });
   }
 
  private:
@@ -201,17 +209,19 @@ template <typename C>
 ChainResults chain_case(Precision precision, Real tolerance) {
   constexpr auto kDeep = Traversal::kDepthFirst, kWide = Traversal::kLayerByLayer;
   const RandomChain<C> chain(precision);
-  const auto one = chain.make(1);
+  const ThreadTeam single(1);
+  const auto one = chain.make(single);
   const std::string name = std::string(one->kernels()) + ", ";
-  const Losses batch = chain.run(*one, Statistics::kBatch, kDeep, 1);
-  const Losses running = chain.run(*one, Statistics::kRunning, kDeep, 1);
-  chain.run(*one, Statistics::kCapture, kDeep, 1);
-  const Losses constants = chain.run(*one, Statistics::kConstants, kDeep, 1);
+  const Losses batch = chain.run(*one, Statistics::kBatch, kDeep, single);
+  const Losses running = chain.run(*one, Statistics::kRunning, kDeep, single);
+  chain.run(*one, Statistics::kCapture, kDeep, single);
+  const Losses constants = chain.run(*one, Statistics::kConstants, kDeep, single);
   close(name + "captured statistics give the losses of the batch's", constants, batch, tolerance);
   bool differs = false;
   for (std::size_t i = 0; i < batch.size(); ++i) differs = differs || std::abs(batch[i] - running[i]) > 1e-3;
   if (!differs) fail("chain: " + name + "running statistics give the losses of the batch's");
-  for (const int team : {2, 3}) {
+  for (const int threads : {2, 3}) {
+    const ThreadTeam team(threads);
     const auto evaluation = chain.make(team);
     same_bits(name + "threads change the batch's losses",
               chain.run(*evaluation, Statistics::kBatch, kDeep, team), batch);
@@ -223,10 +233,10 @@ ChainResults chain_case(Precision precision, Real tolerance) {
     same_bits(name + "threads and traversals change the batch's losses",
               chain.run(*evaluation, Statistics::kBatch, kWide, team, 0), batch);
   }
-  same_bits(name + "layer by layer differs", chain.run(*one, Statistics::kBatch, kWide, 1), batch);
-  same_bits(name + "node by node differs", chain.run(*one, Statistics::kBatch, kDeep, 1, 0), batch);
-  same_bits(name + "running losses differ node by node", chain.run(*one, Statistics::kRunning, kWide, 1, 0),
-            running);
+  same_bits(name + "layer by layer differs", chain.run(*one, Statistics::kBatch, kWide, single), batch);
+  same_bits(name + "node by node differs", chain.run(*one, Statistics::kBatch, kDeep, single, 0), batch);
+  same_bits(name + "running losses differ node by node",
+            chain.run(*one, Statistics::kRunning, kWide, single, 0), running);
   return {one->kernels(), batch, running, constants};
 }
 

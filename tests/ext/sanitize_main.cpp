@@ -8,13 +8,12 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/mixed_op.h"
 #include "cpu/path_cross_entropy.h"
 #include "cpu/select_top_k.h"
-#include "thread_team.h"
+#include "cpu/thread_team.h"
 
 namespace {
 
@@ -245,6 +244,7 @@ void mixed_op_case(int64_t images, int64_t height, int64_t width, int64_t in, in
   const int64_t size = images * ceil_div(height, stride) * ceil_div(width, stride) * out;
   std::vector<T> previous;
   for (const int count : {1, 3}) {
+    const ThreadTeam team(count);
     std::vector<T> outputs(4 * size, std::numeric_limits<T>::quiet_NaN());
     std::vector<T> used(4 * width_of_statistics, std::numeric_limits<T>::quiet_NaN());
     MixedOp<T> a{inputs.data(),
@@ -264,7 +264,7 @@ void mixed_op_case(int64_t images, int64_t height, int64_t width, int64_t in, in
                  outputs.data(),
                  used.data(),
                  count};
-    mixed_op(a, threads(count));
+    mixed_op(a, team);
     for (int64_t p = 0; p < 4; ++p) {
       const T* input = inputs.data() + input_index[p] * images * height * width * in;
       const auto expected = Plain<T>{a, operations[p]}.run(input, eps[p]);
@@ -280,7 +280,7 @@ void mixed_op_case(int64_t images, int64_t height, int64_t width, int64_t in, in
     const std::vector<T> given = used;
     std::fill(outputs.begin(), outputs.end(), std::numeric_limits<T>::quiet_NaN());
     a.statistics = given.data();
-    mixed_op(a, threads(count));
+    mixed_op(a, team);
     expect(std::memcmp(previous.data(), outputs.data(), outputs.size() * sizeof(T)) == 0,
            "statistics given back");
   }
@@ -295,17 +295,18 @@ void path_cross_entropy_case(LogitsType type, int64_t paths, int64_t images, int
   for (int64_t& target : targets) target = static_cast<int64_t>(engine() % classes);
   std::vector<std::vector<float>> results;
   for (const int count : {1, 3}) {
+    const ThreadTeam team(count);
     PathCrossEntropy a{nullptr, type,   paths,          images, classes,       images * classes,
                        1,       images, targets.data(), 0.1,    correct.data()};
     if (type == LogitsType::kFloat64) {
       a.logits = doubles.data();
       std::vector<double> losses(paths), image_losses(paths * images);
-      path_cross_entropy(a, losses.data(), image_losses.data(), threads(count));
+      path_cross_entropy(a, losses.data(), image_losses.data(), team);
       results.emplace_back(losses.begin(), losses.end());
     } else {
       a.logits = type == LogitsType::kFloat32 ? static_cast<const void*>(floats.data()) : halves.data();
       std::vector<float> losses(paths), image_losses(paths * images);
-      path_cross_entropy(a, losses.data(), image_losses.data(), threads(count));
+      path_cross_entropy(a, losses.data(), image_losses.data(), team);
       results.push_back(losses);
     }
   }

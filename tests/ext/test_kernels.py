@@ -16,9 +16,17 @@ from native_build import CAPABILITIES, COMPILER, build, cpu_flags, machine_capab
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
+MAINS = ["kernels_main.cpp", "allocations_main.cpp"]
+
+
 @pytest.fixture(scope="module")
-def plain_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("kernels"), ["-O2", "-fno-math-errno"], ["kernels_main.cpp"])[0]
+def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tmp_path_factory.mktemp("kernels"), ["-O2", "-fno-math-errno"], MAINS)
+
+
+@pytest.fixture(scope="module")
+def plain_build(programs: list[Path]) -> Path:
+    return programs[0]
 
 
 def test_kernels_equal_plain_loops(plain_build: Path):
@@ -43,13 +51,25 @@ def test_chains_of_each_instruction_set(capability: str, plain_build: Path):
     """Neither threads nor traversals change a bit, whichever kernels GREEDYNAS_CPU_CAPABILITY chooses."""
     if capability not in machine_capabilities():
         pytest.skip(f"this machine lacks {capability}")
+    expected = [f"chains: {kernels_of(capability)}", "all as expected"]
+    assert run(plain_build, "--chains", capability=capability) == expected
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_later_evaluations_allocate_nothing(capability: str, programs: list[Path]):
+    if capability not in machine_capabilities():
+        pytest.skip(f"this machine lacks {capability}")
+    assert run(programs[1], capability=capability) == [f"no allocations: {kernels_of(capability)}"]
+
+
+def kernels_of(capability: str) -> str:
+    """The kernels of double, float and bfloat16."""
     single, bf16 = capability, capability
     if capability == "avx512" and "avx512_bf16" in cpu_flags():
         bf16 = "avx512_bf16"
     if capability == "amx":
         single = "avx512"
-    expected = [f"chains: {single}, {single}, {bf16}", "all as expected"]
-    assert run(plain_build, "--chains", capability=capability) == expected
+    return f"{single}, {single}, {bf16}"
 
 
 # The instruction with which each set multiplies, its registers, and what only a wider set has.

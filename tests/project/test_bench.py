@@ -51,6 +51,10 @@ def directly(function, *arguments):
     return function(*arguments)
 
 
+def fails(*arguments):
+    raise OSError("the disk is full")
+
+
 def test_every_space_of_the_cases_has_recorded_paths(bench):
     spaces = {case.space for case in bench("cases").CASES.values()}
     assert {path.name for path in RECORDED} == {f"{s}-{kind}.json" for s in spaces for kind in ("pool", "population")}
@@ -280,8 +284,16 @@ def test_the_growth_picture_at_a_small_size(bench, monkeypatch, tmp_path):
     base = bench("cases").Case("growth", "mini-16", paths=2, images=4, resolution=8)
     found = growth.points(base, {"images": (4,)}, 1)
     assert [entry["way"] for entry in found] == list(growth.WAYS)
-    growth.draw(found, base, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "pictures" / "growth.png"
+    growth.draw(found, base, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.write_bytes(b"an older one")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="nothing was written"):
+            growth.draw(found, base, picture)
+    assert picture.read_bytes() == b"an older one"
+    assert list(picture.parent.iterdir()) == [picture]
 
 
 def test_agreement_on_the_best_five(bench):
