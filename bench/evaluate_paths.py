@@ -36,7 +36,7 @@ from ours import evaluate
 from ways import WAYS, Way, reference_losses
 
 from greedynas import get_space
-from greedynas.storage import write_json
+from greedynas_ext.strict_json import write_json
 
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 OURS, MODULES = "evaluate_paths", "evaluate_paths, modules"

@@ -23,8 +23,8 @@ from measure import interleave, machine
 from ways import WAYS, reference_losses
 
 from greedynas import get_space
-from greedynas.storage import write_json
 from greedynas_ext import evaluate_paths
+from greedynas_ext.strict_json import write_json
 
 OURS = "evaluate_paths"
 

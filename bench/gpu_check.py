@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from measure import machine
 
-from greedynas.storage import write_json
 from greedynas_ext import _library
+from greedynas_ext.strict_json import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

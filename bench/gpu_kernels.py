@@ -22,8 +22,8 @@ import torch
 from measure import machine
 from torch import Tensor
 
-from greedynas.storage import write_json
 from greedynas_ext import _library
+from greedynas_ext.strict_json import write_json
 
 # Height and width, channels in and out, stride, of the choice layers of mbv2-7 at 224x224.
 LAYERS = [

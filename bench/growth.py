@@ -22,7 +22,8 @@ from job import EAGER, evaluation
 from measure import machine
 
 from greedynas import get_space
-from greedynas.storage import write_bytes, write_json
+from greedynas_ext.files import write_bytes
+from greedynas_ext.strict_json import write_json
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend

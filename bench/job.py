@@ -30,7 +30,7 @@ from torch import Tensor
 from ways import WAYS
 
 from greedynas import Space, Supernet, get_space
-from greedynas.storage import write_json
+from greedynas_ext.strict_json import write_json
 
 EAGER = {"fp32": "eager, fp32", "bf16": "eager, pure"}
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from greedynas.config import SearchConfig, TrainConfig, to_mapping
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import RunFolder
 from greedynas.search import search
-from greedynas.storage import MetricsLog, read_json, write_bytes
 from greedynas.training import train
+from greedynas_ext.files import write_bytes
+from greedynas_ext.strict_json import read_json
 
 PATHS = Path(__file__).resolve().parent / "paths"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "bench"

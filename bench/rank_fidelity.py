@@ -36,8 +36,8 @@ from ways import WAYS
 from greedynas import Supernet
 from greedynas.config import TrainConfig
 from greedynas.runs import RunFolder, load_run
-from greedynas.storage import write_json
 from greedynas.training import train
+from greedynas_ext.strict_json import write_json
 
 Floats = npt.NDArray[np.float64]
 TRUTH = "float64"

@@ -1,7 +1,8 @@
 """Fast evaluation of the paths of a supernet, for PyTorch.
 
 `evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images; `ops` are the operations
-below it, `reference` the same in plain torch. `python -m greedynas_ext.info` says what this build can do.
+below it, `reference` the same in plain torch. `CandidatePool`, the samplers and `ExploitSchedule` are what greedy
+training draws its paths with. `python -m greedynas_ext.info` says what this build can do.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -11,9 +12,12 @@ from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import evaluate_paths
 from greedynas_ext.fused import release_memory
 from greedynas_ext.plan import EvaluationPlan
+from greedynas_ext.pool import CandidatePool
 from greedynas_ext.prepared import PreparedEvaluation, prepare_paths
 from greedynas_ext.results import PathEvaluation
 from greedynas_ext.runner import StageProfile
+from greedynas_ext.samplers import DrawnPaths, FairSampler, GreedySampler, UniformSampler
+from greedynas_ext.schedules import ExploitSchedule
 
 try:
     __version__ = version("greedynas_ext")
@@ -21,11 +25,17 @@ except PackageNotFoundError:  # imported from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "CandidatePool",
+    "DrawnPaths",
     "EvaluationPlan",
+    "ExploitSchedule",
+    "FairSampler",
+    "GreedySampler",
     "PathEvaluation",
     "PreparedEvaluation",
     "StageProfile",
     "SupernetLike",
+    "UniformSampler",
     "evaluate_paths",
     "ops",
     "prepare_paths",

@@ -30,9 +30,9 @@ from greedynas.retraining import retrain
 from greedynas.runs import RunFolder, load_run
 from greedynas.search import search
 from greedynas.spaces import Space
-from greedynas.storage import read_json
 from greedynas.training import train
 from greedynas_ext import evaluate_paths
+from greedynas_ext.strict_json import read_json
 
 _PRESETS = Path(__file__).resolve().parent / "configs"
 _USAGE = """usage: greedynas COMMAND [--config FILE.yaml] [--resume] [OPTIONS]

@@ -15,7 +15,8 @@ from greedynas.drawing import SERIES, new_figure, picture
 from greedynas.run_results import read_results
 from greedynas.runs import RunFolder
 from greedynas.search_picture import best_losses
-from greedynas.storage import read_json, write_bytes
+from greedynas_ext.files import write_bytes
+from greedynas_ext.strict_json import read_json
 
 _PICTURES = {
     "training.png": "Training loss",

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from greedynas.storage import write_bytes
+from greedynas_ext.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from greedynas._checks import check_count
 from greedynas.comparison import Arm, write_comparison
 from greedynas.config import RetrainConfig, SearchConfig, TrainConfig
 from greedynas.progress import Reporter, silence
@@ -20,8 +19,9 @@ from greedynas.report import write_report
 from greedynas.retraining import retrain
 from greedynas.runs import RunFolder
 from greedynas.search import search
-from greedynas.storage import read_json
 from greedynas.training import train
+from greedynas_ext.checks import check_count
+from greedynas_ext.strict_json import read_json
 
 
 @dataclass(frozen=True)

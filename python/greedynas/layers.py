@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from greedynas._checks import check_count
+from greedynas_ext.checks import check_count
 
 _BLOCK_NAME: Final = re.compile(r"e([1-9]\d*)k([1-9]\d*)(s?)")
 

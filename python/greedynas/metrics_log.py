@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from greedynas import _strict_json
-from greedynas._checks import check_count
-from greedynas._files import PathLike, errors_naming, sync_folder, write_all, write_bytes
+from greedynas_ext import strict_json
+from greedynas_ext.checks import check_count
+from greedynas_ext.files import PathLike, errors_naming, sync_folder, write_all, write_bytes
 
 
 def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:
@@ -23,7 +23,7 @@ def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:
     """
     if not isinstance(record, Mapping):
         raise TypeError(f"record: expected a mapping, got {type(record).__name__}")
-    line = _strict_json.dump(dict(record), "record", spell_non_finite=True) + b"\n"
+    line = strict_json.dump(dict(record), "record", spell_non_finite=True) + b"\n"
     with errors_naming(path, "the record was not added"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -139,7 +139,7 @@ def _lines(path: PathLike) -> list[bytes]:
 
 def _parse_record(line: bytes, path: PathLike, number: int) -> dict[str, Any]:
     where = f"{os.fspath(path)}: line {number}"
-    record = _strict_json.load(line, where)
+    record = strict_json.load(line, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
-    return {key: _strict_json.with_floats(value) for key, value in record.items()}
+    return {key: strict_json.with_floats(value) for key, value in record.items()}

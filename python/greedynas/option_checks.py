@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from greedynas._checks import check_count, check_probability
 from greedynas.config import EvaluateConfig, RetrainConfig, SearchConfig, TrainConfig, check_types
+from greedynas_ext.checks import check_count, check_probability
 
 _LARGEST_SEED = 2**32 - 1  # what every generator takes, numpy's too
 

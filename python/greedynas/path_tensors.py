@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greedynas._checks import describe
+from greedynas_ext.checks import describe
 
 
 def check_path_tensor(

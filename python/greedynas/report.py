@@ -16,7 +16,7 @@ from greedynas.markdown import count, duration, image, macs, params, table
 from greedynas.report_summary import accuracy, main_retraining, main_search, operations, summary
 from greedynas.run_results import RetrainingResults, RunResults, SearchResults, read_results
 from greedynas.search_picture import search_picture
-from greedynas.storage import write_bytes
+from greedynas_ext.files import write_bytes
 
 Stage = TypeVar("Stage", SearchResults, RetrainingResults)
 

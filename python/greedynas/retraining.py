@@ -17,12 +17,14 @@ from greedynas.config import RetrainConfig
 from greedynas.data import BatchStream
 from greedynas.data.seeds import derive_seed
 from greedynas.learning_rates import cosine, exponential, with_warmup
+from greedynas.metrics_log import MetricsLog
 from greedynas.network import Network
 from greedynas.option_checks import check_retraining, named_as_options, use_threads
 from greedynas.progress import Reporter
 from greedynas.rmsprop import TensorFlowRMSprop
 from greedynas.runs import RunFolder, Task, TrainedRun, load_run
-from greedynas.storage import MetricsLog, read_json, save_tensors, write_json
+from greedynas.storage import save_tensors
+from greedynas_ext.strict_json import read_json, write_json
 
 
 class NetworkTrainer:

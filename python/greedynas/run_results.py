@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from greedynas.config import RetrainConfig, SearchConfig, TrainConfig, load_config
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import RunFolder, load_task
 from greedynas.spaces import Space
-from greedynas.storage import MetricsLog, read_json
+from greedynas_ext.strict_json import read_json
 
 Record = TypeVar("Record")
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from greedynas.config import Config, TrainConfig, load_config, save_config, to_mapping
 from greedynas.data import DataSplits, load_data
 from greedynas.option_checks import named_as_options
-from greedynas.pool import CandidatePool
 from greedynas.spaces import Space, get_space
-from greedynas.storage import load_tensors, read_json, remove_temporaries
+from greedynas.storage import load_tensors
 from greedynas.supernet import Supernet
+from greedynas_ext.files import remove_temporaries
+from greedynas_ext.pool import CandidatePool
+from greedynas_ext.strict_json import read_json
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from greedynas.config import SearchConfig
 from greedynas.data.seeds import derive_seed
+from greedynas.metrics_log import MetricsLog
 from greedynas.option_checks import check_search, named_as_options, use_threads
 from greedynas.progress import Reporter
 from greedynas.runs import RunFolder, TrainedRun, load_run
-from greedynas.samplers import UniformSampler
-from greedynas.storage import MetricsLog, write_json
 from greedynas_ext import evaluate_paths
+from greedynas_ext.samplers import UniformSampler
+from greedynas_ext.strict_json import write_json
 
 _WORST = 1e6  # stands for the loss of a path whose loss is not finite: NSGA-II needs an order
 _RECORD = {"path", "loss", "accuracy", "macs", "generation"}

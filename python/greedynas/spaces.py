@@ -20,10 +20,10 @@ from typing import Any, Final, cast, overload
 import torch
 from torch import Tensor
 
-from greedynas._checks import check_count
 from greedynas.costs import CostTable, cost_table
 from greedynas.layers import Layer, Operation
 from greedynas.path_tensors import check_path_tensor
+from greedynas_ext.checks import check_count
 
 __all__ = ["ACTIVATIONS", "Layer", "Operation", "Space", "available_spaces", "get_space"]
 

@@ -1,8 +1,4 @@
-"""Files that are either whole or not there: atomic writes, strict JSON, tensors without pickle, and a metrics log.
-
-Every file but the log is written to a temporary file in the folder of its target, synced to the disk and renamed over
-it. A write that fails (full disk, Ctrl-C, kill) leaves the old file; reading never executes code.
-"""
+"""Tensors in files without pickle: whole or not there, checked by a digest; reading never executes code."""
 
 import hashlib
 import json
@@ -15,51 +11,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from greedynas import _strict_json
-from greedynas._checks import describe
-from greedynas._files import PathLike, remove_temporaries, write_bytes
-from greedynas.metrics_log import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
-
-__all__ = [
-    "MetricsLog",
-    "PathLike",
-    "append_jsonl",
-    "load_tensors",
-    "read_json",
-    "read_jsonl",
-    "remove_temporaries",
-    "save_tensors",
-    "truncate_jsonl",
-    "write_bytes",
-    "write_json",
-]
+from greedynas_ext import strict_json
+from greedynas_ext.checks import describe
+from greedynas_ext.files import PathLike, write_bytes
 
 # The one entry of a file's own metadata: "sha256:<digest> <JSON>". One, for safetensors writes several in any order.
 _KEY, _PREFIX = "greedynas", "sha256:"
-
-
-def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
-    """Writes `value` as strict JSON, atomically; `read_json` gives equal values back, floats bit for bit.
-
-    Tuples become lists. NaN and infinities are refused: JSON has none, and what is stored here (pools, checkpoints,
-    fronts) has no use for them. `MetricsLog` takes them.
-
-    Raises:
-        TypeError: `value` holds something JSON has no form for, or a dict key that is no string.
-        ValueError: `value` holds NaN or an infinity.
-        OSError: as `write_bytes`.
-    """
-    write_bytes(path, _strict_json.dump(value, os.fspath(path), indent=indent) + b"\n")
-
-
-def read_json(path: PathLike) -> Any:
-    """Reads a file of strict JSON.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged: empty, cut off, no UTF-8, no JSON, or it holds a number that no float can.
-    """
-    return _strict_json.load(Path(path).read_bytes(), os.fspath(path))
 
 
 def save_tensors(
@@ -78,7 +35,7 @@ def save_tensors(
     Raises:
         TypeError: a name is no string, a value no dense tensor, or `metadata` has no form in JSON.
         ValueError: `metadata` holds NaN or an infinity.
-        OSError: as `write_bytes`.
+        OSError: as `files.write_bytes`.
     """
     packed: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -92,7 +49,7 @@ def save_tensors(
             plain = plain.clone()
         storages.add(plain.untyped_storage().data_ptr())
         packed[name] = plain
-    text = _strict_json.dump(dict(metadata or {}), "metadata").decode()
+    text = strict_json.dump(dict(metadata or {}), "metadata").decode()
     write_bytes(path, safetensors.torch.save(packed, {_KEY: f"{_PREFIX}{_digest(packed, text)} {text}"}))
 
 
@@ -119,7 +76,7 @@ def load_tensors(path: PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any
     digest, _, text = header.get(_KEY, "").partition(" ")
     if digest != _PREFIX + _digest(tensors, text):
         raise ValueError(f"{os.fspath(path)}: damaged (its contents do not match its SHA-256)")
-    return tensors, _strict_json.load(text.encode(), f"{os.fspath(path)}: metadata")
+    return tensors, strict_json.load(text.encode(), f"{os.fspath(path)}: metadata")
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], metadata: str) -> str:

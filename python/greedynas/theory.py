@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from greedynas._checks import check_count, check_number, check_probability
+from greedynas_ext.checks import check_count, check_number, check_probability
 
 # What evaluating a path on one image costs, measured in the paper: 1/3.33 of training it on one image.
 PAPER_COST_RATIO = 3.33

@@ -16,15 +16,17 @@ from greedynas.checkpoints import load_checkpoint, save_checkpoint
 from greedynas.config import TrainConfig
 from greedynas.data import BatchStream, ValidationSampler
 from greedynas.learning_rates import cosine
+from greedynas.metrics_log import MetricsLog
 from greedynas.option_checks import check_training, named_as_options, use_threads
-from greedynas.pool import CandidatePool
 from greedynas.progress import Reporter
 from greedynas.runs import RunFolder, Task, load_task
-from greedynas.samplers import FairSampler, GreedySampler, UniformSampler
-from greedynas.schedules import ExploitSchedule
-from greedynas.storage import MetricsLog, save_tensors, write_json
+from greedynas.storage import save_tensors
 from greedynas.theory import PAPER_COST_RATIO, corrected_optimizations
 from greedynas_ext import evaluate_paths
+from greedynas_ext.pool import CandidatePool
+from greedynas_ext.samplers import FairSampler, GreedySampler, UniformSampler
+from greedynas_ext.schedules import ExploitSchedule
+from greedynas_ext.strict_json import write_json
 
 
 @dataclass

@@ -10,14 +10,15 @@ import torch
 
 from greedynas.config import RetrainConfig, SearchConfig, TrainConfig
 from greedynas.learning_rates import cosine
-from greedynas.pool import CandidatePool
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import RunFolder
-from greedynas.samplers import GreedySampler, UniformSampler
-from greedynas.schedules import ExploitSchedule
 from greedynas.search import pareto_front
 from greedynas.spaces import get_space
-from greedynas.storage import MetricsLog, write_json
 from greedynas.theory import corrected_optimizations
+from greedynas_ext.pool import CandidatePool
+from greedynas_ext.samplers import GreedySampler, UniformSampler
+from greedynas_ext.schedules import ExploitSchedule
+from greedynas_ext.strict_json import write_json
 
 DESCRIPTION = "digits: 1,150 training, 287 validation and 360 test images of 1x8x8, 10 classes"
 MEASURED_RATIO = 9.87
@@ -206,7 +207,7 @@ def make_retraining(run, *, search="nsga2", name=None, path=None, epochs=30, acc
             }
         )
     if path is None:
-        from greedynas.storage import read_json
+        from greedynas_ext.strict_json import read_json
 
         indices = read_json(run.search(search).summary)["chosen"]["path"]
     else:

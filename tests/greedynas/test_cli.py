@@ -27,9 +27,10 @@ from greedynas.config import (
 )
 from greedynas.data.small_images import FASHION_MNIST_FILES, FASHION_MNIST_FOLDERS
 from greedynas.demo import DemoConfig
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import load_run
-from greedynas.storage import MetricsLog, read_json
 from greedynas_ext import evaluate_paths
+from greedynas_ext.strict_json import read_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 KINDS = {

@@ -6,7 +6,7 @@ from run_folders import MEASURED_RATIO, make_retraining, make_search, make_train
 from greedynas.comparison import Arm, write_comparison
 from greedynas.report import write_report
 from greedynas.runs import RunFolder
-from greedynas.storage import read_json, write_json
+from greedynas_ext.strict_json import read_json, write_json
 
 ACCURACIES = {"greedy": (0.98, 0.985, 0.99), "random": (0.97, 0.9833, 0.975), "uniform": (0.95, 0.96, 0.955)}
 

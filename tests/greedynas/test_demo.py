@@ -12,7 +12,7 @@ import greedynas.demo
 from greedynas.config import SearchConfig
 from greedynas.demo import DemoConfig, demo
 from greedynas.runs import RunFolder
-from greedynas.storage import read_json, write_json
+from greedynas_ext.strict_json import read_json, write_json
 
 TINY = {
     "iterations": 5,

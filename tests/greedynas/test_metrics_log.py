@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greedynas.storage import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
+from greedynas.metrics_log import MetricsLog, append_jsonl, read_jsonl, truncate_jsonl
 
 # The strings that stand for NaN and the infinities are the only ones that do not come back.
 texts = st.text().filter(lambda text: text not in ("NaN", "Infinity", "-Infinity"))

@@ -9,13 +9,14 @@ from PIL import Image
 from run_folders import DESCRIPTION, MEASURED_RATIO, make_retraining, make_run, make_search, make_training
 
 import greedynas.drawing
-import greedynas.storage
+import greedynas_ext.files
 from greedynas.markdown import count, duration, image, macs, params, table
+from greedynas.metrics_log import read_jsonl
 from greedynas.report import write_report
 from greedynas.report_summary import summary
 from greedynas.run_results import read_results
 from greedynas.runs import RunFolder
-from greedynas.storage import read_json, read_jsonl, write_json
+from greedynas_ext.strict_json import read_json, write_json
 
 
 def read_report(root):
@@ -281,7 +282,7 @@ def test_a_full_disk_leaves_the_old_report(unrendered, run, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(greedynas.storage.os, "write", full)
+    monkeypatch.setattr(greedynas_ext.files.os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(run.root)
     monkeypatch.undo()

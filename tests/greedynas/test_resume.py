@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from tiny import contents, retrain_config, search_config, train_config
 
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import RunFolder
 from greedynas.search import search
-from greedynas.storage import MetricsLog, load_tensors, read_json, save_tensors
+from greedynas.storage import load_tensors, save_tensors
 from greedynas.training import train
+from greedynas_ext.strict_json import read_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 

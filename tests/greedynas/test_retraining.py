@@ -12,11 +12,13 @@ from tiny import SPACE, contents, retrain_config
 
 import greedynas.retraining
 from greedynas.data import BatchStream, load_data
+from greedynas.metrics_log import MetricsLog
 from greedynas.network import Network
 from greedynas.retraining import NetworkTrainer, accuracy, retrain, update_average
 from greedynas.rmsprop import TensorFlowRMSprop
 from greedynas.runs import RunFolder, load_run
-from greedynas.storage import MetricsLog, load_tensors, read_json
+from greedynas.storage import load_tensors
+from greedynas_ext.strict_json import read_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 PATH = torch.tensor([0, 1, 1, 0])

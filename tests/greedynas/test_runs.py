@@ -7,7 +7,8 @@ from tiny import SPACE, contents, search_config, train_config
 
 from greedynas.config import save_config
 from greedynas.runs import RunFolder, load_run, load_state, load_task
-from greedynas.storage import load_tensors, read_json, write_json
+from greedynas.storage import load_tensors
+from greedynas_ext.strict_json import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 

@@ -11,10 +11,12 @@ from pymoo.core.problem import Problem
 from tiny import SPACE, contents, search_config, train_config
 
 import greedynas.search
+from greedynas.metrics_log import MetricsLog
 from greedynas.runs import load_run
 from greedynas.search import CategoricalMutation, first_population, pareto_front, search
-from greedynas.storage import MetricsLog, load_tensors, read_json, save_tensors, write_json
+from greedynas.storage import load_tensors, save_tensors
 from greedynas.training import train
+from greedynas_ext.strict_json import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 METHODS = ["nsga2", "random"]

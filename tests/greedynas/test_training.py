@@ -14,9 +14,11 @@ from tiny import MEDIAN_MACS, SPACE, train_config
 
 import greedynas.training
 from greedynas.data import BatchStream, ValidationSampler
-from greedynas.samplers import UniformSampler
-from greedynas.storage import MetricsLog, load_tensors, read_json
+from greedynas.metrics_log import MetricsLog
+from greedynas.storage import load_tensors
 from greedynas.training import Counts, SupernetTrainer, train
+from greedynas_ext.samplers import UniformSampler
+from greedynas_ext.strict_json import read_json
 
 pytestmark = pytest.mark.usefixtures("tiny_space")
 ALL_PATHS = list(itertools.product(range(3), repeat=4))

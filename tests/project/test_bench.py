@@ -364,7 +364,7 @@ def test_the_last_whole_generation_is_the_population(bench):
 
 def test_files_of_paths_come_from_a_training_and_a_search(bench, tmp_path):
     from greedynas.config import SearchConfig, TrainConfig
-    from greedynas.storage import read_json
+    from greedynas_ext.strict_json import read_json
 
     threads = torch.get_num_threads()
     training = TrainConfig(run=tmp_path / "run", iterations=6, warmup_iterations=2, pool_size=8, stop_threshold=None)

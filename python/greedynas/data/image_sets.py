@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from greedynas._checks import check_count, check_index
 from greedynas.data.augment import SmallAugmentation
 from greedynas.data.prefetch import prefetched
 from greedynas.data.seeds import derive_seed
+from greedynas_ext.checks import check_count, check_index
 
 PREFETCH_BATCHES = 2
 STATISTICS_CHUNK = 1024  # images; bounds the float64 temporary

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from greedynas._checks import check_count, check_index
 from greedynas.data.photos import image_folder, imagenet
 from greedynas.data.small_images import digits, fashion_mnist
 from greedynas.data.splits import DEFAULT_TEST_FRACTION, DataSplits
+from greedynas_ext.checks import check_count, check_index
 
 DATASETS = ("digits", "fashion-mnist", "imagefolder", "imagenet")
 

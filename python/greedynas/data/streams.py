@@ -6,10 +6,10 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from greedynas._checks import check_count, check_index
 from greedynas.data.image_sets import PREFETCH_BATCHES, Batch, ImageSet
 from greedynas.data.prefetch import prefetched
 from greedynas.data.seeds import derive_seed
+from greedynas_ext.checks import check_count, check_index
 
 
 class BatchStream:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from greedynas.pool import CandidatePool
+from greedynas_ext.pool import CandidatePool
 
 
 class NaivePool:

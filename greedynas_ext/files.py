@@ -70,12 +70,14 @@ def errors_naming(path: PathLike, consequence: str) -> Iterator[None]:
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    """Writes all of `data`, in as many calls as the system takes for it."""
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def sync_folder(folder: str) -> None:
+    """Syncs the entries of a folder to the disk, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, chisquare
 
-from greedynas.pool import CandidatePool
-from greedynas.samplers import DrawnPaths, FairSampler, GreedySampler, UniformSampler
 from greedynas.theory import exploit_q, theorem1
+from greedynas_ext.pool import CandidatePool
+from greedynas_ext.samplers import DrawnPaths, FairSampler, GreedySampler, UniformSampler
 
 # Seeds are fixed, so these tests do not flicker; a correct sampler fails one of them for 1 seed in 1,000.
 P = 1e-3

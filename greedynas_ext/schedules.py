@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from greedynas._checks import check_count, check_probability
+from greedynas_ext.checks import check_count, check_probability
 
 ScheduleKind = Literal["linear", "cosine"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from sortedcontainers import SortedList
 
-from greedynas import storage
-from greedynas._checks import check_count, check_generator, check_number, describe
-from greedynas._paths import PathTuple, check_losses, check_num_choices, check_path, check_paths
+from greedynas_ext.checks import check_count, check_generator, check_number, describe
+from greedynas_ext.files import PathLike
+from greedynas_ext.path_checks import PathTuple, check_losses, check_num_choices, check_path, check_paths
+from greedynas_ext.strict_json import read_json, write_json
 
 PathCost = Callable[[PathTuple], float]
 
@@ -210,23 +211,23 @@ class CandidatePool:
         except (TypeError, ValueError) as error:
             raise ValueError(f"no valid candidate pool: {error}") from error
 
-    def save(self, path: storage.PathLike) -> None:
+    def save(self, path: PathLike) -> None:
         """Writes it to a JSON file, atomically.
 
         Raises:
             OSError: the write failed; an older file is as it was.
         """
-        storage.write_json(path, self.to_json(), indent=None)
+        write_json(path, self.to_json(), indent=None)
 
     @classmethod
-    def load(cls, path: storage.PathLike, *, cost: PathCost | None = None) -> "CandidatePool":
+    def load(cls, path: PathLike, *, cost: PathCost | None = None) -> "CandidatePool":
         """Reads what `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or holds no valid pool; the error names it and says what is wrong.
         """
-        data = storage.read_json(path)
+        data = read_json(path)
         try:
             return cls.from_json(data, cost=cost)
         except ValueError as error:

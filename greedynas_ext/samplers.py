@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from greedynas._checks import check_count, check_generator, check_number, check_probability
-from greedynas._paths import check_num_choices
-from greedynas.pool import CandidatePool
+from greedynas_ext.checks import check_count, check_generator, check_number, check_probability
+from greedynas_ext.path_checks import check_num_choices
+from greedynas_ext.pool import CandidatePool
 
 # The costs of m paths, int64 [m, L], in the unit of the budget.
 PathsCost = Callable[[torch.Tensor], Sequence[float] | torch.Tensor]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from greedynas._checks import check_count, check_index, check_number, describe
+from greedynas_ext.checks import check_count, check_index, check_number, describe
 
 PathTuple = tuple[int, ...]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from greedynas.schedules import ExploitSchedule
+from greedynas_ext.schedules import ExploitSchedule
 
 KINDS = ["linear", "cosine"]
 

@@ -2,11 +2,38 @@
 
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
 
-from greedynas._checks import describe
+from greedynas_ext.checks import describe
+from greedynas_ext.files import PathLike, write_bytes
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
+    """Writes `value` as strict JSON, atomically; `read_json` gives equal values back, floats bit for bit.
+
+    Tuples become lists. NaN and infinities are refused: JSON has none, and what is stored here (pools, checkpoints,
+    fronts) has no use for them; `dump` can spell them out.
+
+    Raises:
+        TypeError: `value` holds something JSON has no form for, or a dict key that is no string.
+        ValueError: `value` holds NaN or an infinity.
+        OSError: as `files.write_bytes`.
+    """
+    write_bytes(path, dump(value, os.fspath(path), indent=indent) + b"\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """Reads a file of strict JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged: empty, cut off, no UTF-8, no JSON, or it holds a number that no float can.
+    """
+    return load(Path(path).read_bytes(), os.fspath(path))
 
 
 def dump(value: Any, where: str, *, indent: int | None = None, spell_non_finite: bool = False) -> bytes:
