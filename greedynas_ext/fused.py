@@ -87,7 +87,7 @@ class Rows:
     ) -> None:
         row = [*shape, *map(self.address, weights)]
         for norm in norms:
-            parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.mean_without_bias, norm.running_var)
             row += map(self.address, parts)
         self.rows.append(row)
         self.eps.append(tuple(0.0 if norm is None else norm.eps for norm in norms))
