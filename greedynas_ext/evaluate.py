@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from greedynas_ext import arguments, ops
+from greedynas_ext.adapted import AdaptedSupernet, WholeSupernet
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
@@ -116,15 +117,19 @@ def evaluate_paths(
     Warns:
         RuntimeWarning: where fewer than `k` losses are finite, or an operation drew random numbers.
     """
-    chain = Chain.of(supernet)
-    checked_paths = arguments.check_paths(paths, chain)
+    given = Chain.of(supernet)
+    checked_paths = arguments.check_paths(paths, given)
+    adapted = supernet if isinstance(supernet, AdaptedSupernet) else None
+    if adapted is not None:
+        adapted.check_unchanged(checked_paths[0].tolist())
+    chain, operations = given.planned(checked_paths)
     arguments.check_top_k(k, len(checked_paths))
     arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
     arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
     arguments.check_positive("max_memory", max_memory)
     arguments.check_positive("micro_batch", micro_batch)
     arguments.check_fraction("label_smoothing", label_smoothing)
-    modules = chain.modules_of(checked_paths)
+    modules = chain.modules_of(operations)
     device, dtype = _device_and_dtype(modules)
     if (calibration is not None) != (bn == "recalibrated"):
         came = "None" if calibration is None else "a value"
@@ -132,7 +137,7 @@ def evaluate_paths(
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
-    trie = Trie(checked_paths)
+    trie = Trie(operations)
     engine: FusedEngine | ModuleEngine
     where = device or torch.device("cpu")
     kind = fused_precision(dtype, precision, where.type)
@@ -140,8 +145,14 @@ def evaluate_paths(
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
+        fuses = (
+            fused is not False
+            and chain.partly_fused
+            and kind in ("fp32", "fp64")
+            and refused(images, kind, where) is None
+        )
         engine = ModuleEngine(
-            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, reason=described
+            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, described, fuses
         )
     else:
         engine_type = CudaEngine if where.type == "cuda" else FusedEngine
@@ -152,21 +163,24 @@ def evaluate_paths(
         engine.calibrate(calibration)
     sums = _Sums(trie, per_image)
     for batch_images, batch_targets in arguments.iterate_batches(images, targets, device, engine.check_values):
+        if adapted is not None:
+            adapted.before_batch(batch_images)
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             sums.sizes += engine.evaluate(*part, sums.add)
     losses, accuracy, image_losses = sums.means()
     engine.check()
-    per_layer = trie.nodes_per_layer()
+    per_layer = chain.nodes_per_column(trie.nodes_per_layer())
     plan = EvaluationPlan(
         len(checked_paths),
-        trie.num_layers,
+        len(per_layer),
         sum(per_layer),
         per_layer,
         engine.traversal,
         *engine.macs(),
         engine.split,
         engine.kernels,
+        engine.macs_fused(),
     )
     return PathEvaluation(
         losses,
@@ -183,6 +197,8 @@ def _description(
     chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device
 ) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
+    if isinstance(chain, WholeSupernet):
+        return f"called path by path: {chain.reason}"
     reason = refused(images, kind, device)
     if reason is not None:
         return reason

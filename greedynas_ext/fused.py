@@ -189,13 +189,17 @@ class FusedEngine:
         stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         return self._trie.macs(stem, nodes, dict.fromkeys(self._leaves, head))
 
+    def macs_fused(self) -> int:
+        """Of those computed: all."""
+        return self.macs()[0]
+
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; `images` in all."""
         stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         layers = [0] * self._trie.num_layers
         for node, macs in zip(self._trie.nodes, nodes, strict=True):
             layers[node.layer] += macs
-        names = ["stem", *(f"layer {layer}" for layer in range(len(layers))), "head", "loss"]
+        names = ["stem", *map(self._fused.chain.stage, range(len(layers))), "head", "loss"]
         work = [stem, *layers, head * len(self._leaves), 0]
         return tuple(
             StageProfile(name, seconds, calls, images * macs, size)

@@ -22,7 +22,7 @@ from greedynas_ext.packing import InvertedBottleneckWeights
 def unsupported(fused: FusedChain, device: torch.device) -> str | None:
     """Why the CUDA kernels cannot evaluate on `device` what the CPU's can; None where they can."""
     parts: list[tuple[str, object]] = [("supernet.stem", block) for block in fused.stem.blocks]
-    parts += [(f"supernet.choices[{layer}][{op}]", part) for (layer, op), part in fused.operations.items()]
+    parts += [(fused.chain.place(layer, op), part) for (layer, op), part in fused.operations.items()]
     most = _most_inputs(device)
     for place, part in parts:
         if isinstance(part, InvertedBottleneckWeights):
