@@ -16,6 +16,7 @@ from greedynas_ext.adapt_select import ByArgument, ByFunction, Selection, kept_a
 from greedynas_ext.adapt_told import ToldLayer, told_layers
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.adapted import AdaptedSupernet
+from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.fx_trace import Untraceable
 
 
@@ -107,15 +108,21 @@ def _selection(
         parameter = _only_parameter(supernet.module, select)
         if told is not None and parameter is not None:
             return ByArgument(tuple(layer.options for layer in told), parameter), Traces(supernet), str(error)
-        raise ValueError(f"module: {error}; choices= says what the layers are, select= how a choice is set") from error
+        raise ValueError(f"module: {error}{_advice(supernet.module)}") from error
     try:
         return *by_attributes(supernet, told, select), None
     except NotFound as error:
         tried.append(str(error))
     raise ValueError(
         f"module: expected a forward, or modules in it, with something that chooses; found none "
-        f"({'; '.join(filter(None, tried))}); choices= says what the layers are, select= how a choice is set"
+        f"({'; '.join(filter(None, tried))}){_advice(supernet.module)}"
     )
+
+
+def _advice(module: nn.Module) -> str:
+    if isinstance(module, SupernetLike):
+        return "; it has stem, choices and head: evaluate_paths takes it as it is"
+    return "; choices= says what the layers are, select= how a choice is set"
 
 
 def _only_parameter(module: nn.Module, name: str | None) -> str | None:

@@ -60,6 +60,7 @@ def by_argument(supernet: Supernet, told: Sequence[ToldLayer] | None, name: str 
     Raises:
         NotFound: where nothing is such an argument.
         Untraceable: where one has to be, and cannot be traced.
+        ValueError: where an option runs another candidate than was told.
     """
     reasons = []
     for kind, place in _places(supernet.module, name):
@@ -183,8 +184,8 @@ class _Probe:
                 raise Untraceable("it is not used as a path")
             return length, base
         except Untraceable as error:
-            if endless.read == 0 and not isinstance(error.__cause__, _LengthNeeded) and self._kind != "spread":
-                raise
+            if self._kind in ("optional", "attribute") and endless.read == 0 and not isinstance(error.__cause__, _LengthNeeded):
+                raise  # nothing speaks for a path here
             guesses = [endless.read - 1, endless.read]
             for length in [*(guess for guess in guesses if guess > 0), *range(1, _LONGEST)]:
                 found = self._zeros(length)
@@ -250,7 +251,7 @@ def _check_told(selection: Selection, told: Sequence[ToldLayer], base: tuple[Par
             path[number] = option
             found = base if option == 0 else traces.of(selection.of(path))
             if not any(name == candidate or name.startswith(f"{candidate}.") for name in _called(found)):
-                raise Untraceable(
+                raise ValueError(
                     f"choices[{number}][{option}]: expected that this option runs {candidate}, which it does not"
                 )
 

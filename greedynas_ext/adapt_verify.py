@@ -41,13 +41,18 @@ def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own
     images = images.to(dtype)
     with _quiet(module, chain, images.device):
         compared: set[tuple[int, int]] = set()
-        for number in range(max(sizes)):
-            path = [(number + layer) % size for layer, size in enumerate(sizes)]
-            expected = own(path, images.clone())
+        # Each path on other images after others still, and the chain in the opposite order: a state kept between calls
+        # shows.
+        paths = [[(number + layer) % size for layer, size in enumerate(sizes)] for number in range(max(sizes))]
+        shifted = [images.roll(number, -1) for number in range(len(paths))]
+        for path in paths:
+            own(path, images.flip(-1))
+        logits = [own(path, each.clone()) for path, each in zip(paths, shifted, strict=True)]
+        for path, each, expected in zip(paths[::-1], shifted[::-1], logits[::-1], strict=True):
             if not isinstance(expected, Tensor) or expected.dim() != 2:
                 came = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
                 return f"expected logits [{len(images)}, classes] from forward, got {came}"
-            problem = _along(chain, path, images, expected, compared)
+            problem = _along(chain, path, each, expected, compared)
             if problem is not None:
                 return problem
     return None
