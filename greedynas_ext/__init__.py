@@ -1,13 +1,16 @@
 """Fast evaluation of the paths of a supernet, for PyTorch.
 
-`evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images; `ops` are the operations
-below it, `reference` the same in plain torch. `CandidatePool`, the samplers and `ExploitSchedule` are what greedy
-training draws its paths with. `python -m greedynas_ext.info` says what this build can do.
+`evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images, and `adapt` makes what it
+takes of a supernet that already exists; `ops` are the operations below it, `reference` the same in plain torch.
+`CandidatePool`, the samplers and `ExploitSchedule` are what greedy training draws its paths with.
+`python -m greedynas_ext.info` says what this build can do.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from greedynas_ext import ops, reference
+from greedynas_ext.adapt import adapt
+from greedynas_ext.adapted import AdaptedSupernet
 from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import evaluate_paths
 from greedynas_ext.fused import release_memory
@@ -25,6 +28,7 @@ except PackageNotFoundError:  # imported from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdaptedSupernet",
     "CandidatePool",
     "DrawnPaths",
     "EvaluationPlan",
@@ -36,6 +40,7 @@ __all__ = [
     "StageProfile",
     "SupernetLike",
     "UniformSampler",
+    "adapt",
     "evaluate_paths",
     "ops",
     "prepare_paths",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -37,15 +37,69 @@ class SupernetLike(Protocol):
 
 @dataclass(frozen=True)
 class Chain:
-    """A supernet as evaluation sees it; the modules are the supernet's own."""
+    """A supernet as evaluation sees it; the modules are the supernet's own.
+
+    Attributes:
+        columns: for each layer the column of the paths that chooses in it, None for a fixed block, which has a single
+            operation; None: the columns are the layers.
+        options: with `columns`, how many options each column of the paths has. A column may choose nothing.
+        partly_fused: whether operations that are recognised may run fused beside others that are not.
+    """
 
     stem: Operation
     choices: tuple[tuple[Operation, ...], ...]
     head: Operation
+    columns: tuple[int | None, ...] | None = None
+    options: tuple[int, ...] = ()
+    partly_fused: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many options each column of the paths has."""
+        return tuple(map(len, self.choices)) if self.columns is None else self.options
+
+    def planned(self, paths: Tensor) -> tuple[Chain, Tensor]:
+        """What evaluates `paths` [m, columns], and for each path the operation of each of its layers."""
+        if self.columns is None:
+            return self, paths
+        zeros = torch.zeros(len(paths), dtype=torch.int64)
+        layers = [zeros if column is None else paths[:, column] for column in self.columns]
+        return self, torch.stack(layers, 1)
+
+    def nodes_per_column(self, nodes_per_layer: Sequence[int]) -> tuple[int, ...]:
+        """Unique prefixes that end in each column of the paths, from those that end in each layer."""
+        if self.columns is None:
+            return tuple(nodes_per_layer)
+        counts = [0] * len(self.options)
+        for column, count in zip(self.columns, nodes_per_layer, strict=True):
+            if column is not None:
+                counts[column] += count
+        return tuple(counts)
+
+    def with_choices(self, choices: tuple[tuple[Operation, ...], ...]) -> Chain:
+        """The same with other operations."""
+        return replace(self, choices=choices)
+
+    def stage(self, layer: int) -> str:
+        """The name of a layer."""
+        if self.columns is None:
+            return f"layer {layer}"
+        column = self.columns[layer]
+        return f"fixed {self.columns[:layer].count(None)}" if column is None else f"layer {column}"
+
+    def place(self, layer: int, op: int) -> str:
+        """The name of an operation, for reasons and errors."""
+        if self.columns is None:
+            return f"supernet.choices[{layer}][{op}]"
+        column = self.columns[layer]
+        return f"supernet, {self.stage(layer)}" if column is None else f"supernet.choices[{column}][{op}]"
 
     @classmethod
     def of(cls, supernet: Any) -> Chain:
         """Raises TypeError, or ValueError for an empty layer, where the contract is not kept."""
+        adapted = getattr(supernet, "_adapted_chain", None)
+        if isinstance(adapted, Chain):
+            return adapted
         found = {name: getattr(supernet, name) for name in ("stem", "choices", "head") if hasattr(supernet, name)}
         missing = [name for name in ("stem", "choices", "head") if name not in found]
         if missing:
@@ -117,7 +171,7 @@ def _check_visible(name: str, part: Any) -> None:
 
 def check_paths(given: Any, chain: Chain) -> Tensor:
     """`given` as a contiguous int64 CPU tensor [m, layers], every index within its layer."""
-    layers = len(chain.choices)
+    layers = len(chain.sizes)
     expected = f"paths: expected int64 [m, {layers}] (an operation index for each layer)"
     if isinstance(given, Tensor):
         paths = given
@@ -140,7 +194,7 @@ def check_paths(given: Any, chain: Chain) -> Tensor:
     if paths.dim() != 2 or paths.shape[1] != layers or paths.shape[0] == 0:
         raise ValueError(f"{expected} with m >= 1, got int64 {list(paths.shape)}")
     paths = paths.detach().cpu().contiguous()
-    sizes = torch.tensor([len(layer) for layer in chain.choices], device="cpu")
+    sizes = torch.tensor(chain.sizes, device="cpu")
     wrong = ((paths < 0) | (paths >= sizes)).nonzero()
     if len(wrong):
         path, layer = wrong[0].tolist()

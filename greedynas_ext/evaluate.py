@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from greedynas_ext import arguments
+from greedynas_ext.adapted import AdaptedSupernet, WholeSupernet
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
@@ -95,27 +96,34 @@ def evaluate_paths(
     Warns:
         RuntimeWarning: where fewer than `k` losses are finite, or an operation drew random numbers.
     """
-    chain = Chain.of(supernet)
-    checked_paths = arguments.check_paths(paths, chain)
+    given = Chain.of(supernet)
+    checked_paths = arguments.check_paths(paths, given)
+    chain, operations = planned(supernet, given, checked_paths)
     arguments.check_top_k(k, len(checked_paths))
     check_options(bn, calibration, label_smoothing, max_memory)
     arguments.check_positive("micro_batch", micro_batch)
-    modules = chain.modules_of(checked_paths)
+    modules = chain.modules_of(operations)
     device, dtype = device_and_dtype(modules)
     where = device or torch.device("cpu")
     arguments.check_precision(precision, where)
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
-    trie = Trie(checked_paths)
+    trie = Trie(operations)
     engine: FusedEngine | ModuleEngine
     kind = fused_precision(dtype, precision, where.type)
     described = description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
+        fuses = (
+            fused is not False
+            and chain.partly_fused
+            and kind in ("fp32", "fp64")
+            and refused(images, kind, where) is None
+        )
         engine = ModuleEngine(
-            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, reason=described
+            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, described, fuses
         )
     else:
         engine = fused_engine(described, trie, where, kind, bn, label_smoothing, max_memory, profile)
@@ -125,10 +133,22 @@ def evaluate_paths(
         engine.calibrate(calibration)
     sums = Sums(trie, per_image)
     for batch_images, batch_targets in arguments.iterate_batches(images, targets, device, engine.check_values):
+        if isinstance(supernet, AdaptedSupernet):
+            supernet.before_batch(batch_images)
         parts = 1 if micro_batch is None else math.ceil(len(batch_images) / micro_batch)
         for part in zip(batch_images.tensor_split(parts), batch_targets.tensor_split(parts), strict=True):
             sums.sizes += engine.evaluate(*part, sums.add)
-    return result_of(trie, engine, sums, k=k, bn=bn, micro_batch=micro_batch, profile=profile)
+    return result_of(chain, trie, engine, sums, k=k, bn=bn, micro_batch=micro_batch, profile=profile)
+
+
+def planned(supernet: SupernetLike, given: Chain, paths: Tensor) -> tuple[Chain, Tensor]:
+    """The chain that evaluates `paths` [m, columns] of `supernet`, and the operations [m, layers] of each path.
+
+    `given`: Chain.of(supernet).
+    """
+    if isinstance(supernet, AdaptedSupernet):
+        supernet.check_unchanged(paths[0].tolist())
+    return given.planned(paths)
 
 
 def check_options(bn: object, calibration: object, label_smoothing: object, max_memory: object) -> None:
@@ -143,6 +163,8 @@ def check_options(bn: object, calibration: object, label_smoothing: object, max_
 
 def description(chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
+    if isinstance(chain, WholeSupernet):
+        return f"called path by path: {chain.reason}"
     reason = refused(images, kind, device)
     if reason is not None:
         return reason

@@ -54,6 +54,7 @@ class Rows:
         self.kept: list[Tensor] = []
         self._sources: list[Any] = []  # where each tensor's values come from
         self._converted: list[tuple[Tensor, Tensor]] = []
+        self._means: list[tuple[BatchNormWeights, Tensor]] = []
         self._rows: list[list[int]] = []
         self._eps: list[tuple[float, ...]] = []
 
@@ -77,10 +78,12 @@ class Rows:
         self.kept = [tensor.detach() for tensor in self.kept]
 
     def refresh(self) -> None:
-        """Converts once more what had to be converted."""
+        """Computes once more what is not read where it lies."""
         with torch.no_grad():
             for source, converted in self._converted:
                 converted.copy_(source)
+            for norm, mean in self._means:
+                mean.copy_(self._mean_without_bias(norm))
 
     def reads_what(self, other: Rows) -> bool:
         """Whether both are of the same operations on the same memory."""
@@ -135,10 +138,27 @@ class Rows:
     ) -> None:
         row = [*shape, *map(self._address, weights)]
         for norm in norms:
-            parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            row += map(self._address, parts)
+            row += (0,) * 4 if norm is None else self._norm(norm)
         self._rows.append(row)
         self._eps.append(tuple(0.0 if norm is None else norm.eps for norm in norms))
+
+    def _norm(self, norm: BatchNormWeights) -> list[int]:
+        """Addresses of gamma, beta, mean and variance."""
+        return [*map(self._address, (norm.weight, norm.bias)), self._mean(norm), self._address(norm.running_var)]
+
+    def _mean(self, norm: BatchNormWeights) -> int:
+        if norm.running_mean is None or norm.conv_bias is None:
+            return self._address(norm.running_mean)
+        mean = self._mean_without_bias(norm)
+        self._means.append((norm, mean))
+        self._sources += [(tensor.data_ptr(), tensor.dtype) for tensor in (norm.running_mean, norm.conv_bias)]
+        self.kept.append(mean)
+        return mean.data_ptr()
+
+    def _mean_without_bias(self, norm: BatchNormWeights) -> Tensor:
+        mean = norm.mean_without_bias
+        assert mean is not None
+        return mean.to(self._dtype).contiguous()
 
 
 class FusedEngine:
@@ -246,13 +266,17 @@ class FusedEngine:
         stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         return self._trie.macs(stem, nodes, dict.fromkeys(self._leaves, head))
 
+    def macs_fused(self) -> int:
+        """Of those computed: all."""
+        return self.macs()[0]
+
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; `images` in all."""
         stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         layers = [0] * self._trie.num_layers
         for node, macs in zip(self._trie.nodes, nodes, strict=True):
             layers[node.layer] += macs
-        names = ["stem", *(f"layer {layer}" for layer in range(len(layers))), "head", "loss"]
+        names = ["stem", *map(self._fused.chain.stage, range(len(layers))), "head", "loss"]
         work = [stem, *layers, head * len(self._leaves), 0]
         return tuple(
             StageProfile(name, seconds, calls, images * macs, size)

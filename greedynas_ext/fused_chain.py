@@ -14,7 +14,6 @@ from greedynas_ext.packing import (
     BatchNormWeights,
     ConvBNWeights,
     IdentityWeights,
-    InvertedBottleneckWeights,
     OperationWeights,
 )
 from greedynas_ext.plan import STEM, Trie
@@ -37,6 +36,7 @@ class FusedChain:
     stem: StemWeights
     operations: dict[tuple[int, int], OperationWeights]
     head: HeadWeights
+    chain: Chain
 
     @classmethod
     def of(cls, chain: Chain, trie: Trie, device: torch.device) -> FusedChain | str:
@@ -48,7 +48,7 @@ class FusedChain:
         widths = [int(channels)] + [0] * trie.num_layers
         operations: dict[tuple[int, int], OperationWeights] = {}
         for layer, op in sorted({(node.layer, node.op) for node in trie.nodes}):
-            place = f"supernet.choices[{layer}][{op}]"
+            place = chain.place(layer, op)
             operation = recognise_operation(chain.choices[layer][op], widths[layer])
             if isinstance(operation, Unrecognised):
                 return f"{place}: {operation.reason}"
@@ -67,13 +67,13 @@ class FusedChain:
         strides = {(layer, operation_shape(operation)[2]) for (layer, _), operation in operations.items()}
         if len(strides) != trie.num_layers:
             return "supernet.choices: a layer's operations differ in their stride"
-        parts: dict[str, object] = {"stem": stem, "head": head}
-        parts.update({f"choices[{layer}][{op}]": part for (layer, op), part in operations.items()})
+        parts: dict[str, object] = {"supernet.stem": stem, "supernet.head": head}
+        parts.update({chain.place(layer, op): part for (layer, op), part in operations.items()})
         for place, part in parts.items():
             tensor = next(_tensors(part), None)  # a module's are all on one device, or it is not recognised
             if tensor is not None and tensor.device != device:
-                return f"supernet.{place}: weights on {tensor.device} in a supernet on {device}"
-        return cls(stem, operations, head)
+                return f"{place}: weights on {tensor.device} in a supernet on {device}"
+        return cls(stem, operations, head, chain)
 
     def lacks_running_statistics(self) -> bool:
         """Whether a batch normalisation stores none."""
@@ -101,17 +101,11 @@ class FusedChain:
         stem_sizes, sizes = self.sizes(trie, resolution)
         stem = _area(stem_sizes[0]) * self.stem.conv.numel()
         for block, into in zip(self.stem.blocks, stem_sizes, strict=False):
-            stem += _bottleneck_macs(block, into)
+            stem += operation_macs(block, into)
         nodes = []
-        for node, size in zip(trie.nodes, sizes, strict=True):
+        for node in trie.nodes:
             operation = self.operations[node.layer, node.op]
-            if isinstance(operation, IdentityWeights):
-                nodes.append(0)
-            elif isinstance(operation, ConvBNWeights):
-                nodes.append(_area(size) * operation.weight.numel())
-            else:
-                into = stem_sizes[-1] if node.parent == STEM else sizes[node.parent]
-                nodes.append(_bottleneck_macs(operation, into))
+            nodes.append(operation_macs(operation, stem_sizes[-1] if node.parent == STEM else sizes[node.parent]))
         # The last node ends a path: nodes stand in order of their layers.
         return stem, nodes, _area(sizes[-1]) * self.head.conv.numel() + self.head.weight.numel()
 
@@ -133,7 +127,7 @@ class FusedChain:
         for node, size in zip(trie.nodes, sizes, strict=True):
             operation = self.operations[node.layer, node.op]
             if not isinstance(operation, IdentityWeights):
-                check(f"supernet.choices[{node.layer}][{node.op}]", size, operation_shape(operation)[1])
+                check(self.chain.place(node.layer, node.op), size, operation_shape(operation)[1])
         check("supernet.head", sizes[-1], self.head.conv.shape[0])
 
 
@@ -179,7 +173,12 @@ def _area(size: Size) -> int:
     return size[0] * size[1]
 
 
-def _bottleneck_macs(block: InvertedBottleneckWeights, into: Size) -> int:
+def operation_macs(block: OperationWeights, into: Size) -> int:
+    """Multiply-accumulates of an operation on one image of size `into`."""
+    if isinstance(block, IdentityWeights):
+        return 0
+    if isinstance(block, ConvBNWeights):
+        return int(_area(_after(into, block.stride)) * block.weight.numel())
     macs = _area(_after(into, block.stride)) * (block.depthwise.numel() + block.project.numel())
     if block.expand is not None:
         macs += _area(into) * block.expand.numel()

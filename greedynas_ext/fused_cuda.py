@@ -22,7 +22,7 @@ from greedynas_ext.packing import InvertedBottleneckWeights
 def unsupported(fused: FusedChain, device: torch.device) -> str | None:
     """Why the CUDA kernels cannot evaluate on `device` what the CPU's can; None where they can."""
     parts: list[tuple[str, object]] = [("supernet.stem", block) for block in fused.stem.blocks]
-    parts += [(f"supernet.choices[{layer}][{op}]", part) for (layer, op), part in fused.operations.items()]
+    parts += [(fused.chain.place(layer, op), part) for (layer, op), part in fused.operations.items()]
     most, most_of_head = _most_inputs(device)
     if (into := fused.head.conv.shape[1]) > most_of_head:
         return f"supernet.head: {into} input channels (on this GPU the CUDA kernels take {most_of_head})"

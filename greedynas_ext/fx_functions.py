@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from greedynas_ext.fx_steps import Mismatch, StepList, Value, is_int, is_number
+from greedynas_ext.fx_steps import Mismatch, Pending, StepList, Value, is_int, is_number
 
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu), "relu"),
@@ -22,8 +23,8 @@ _FUNCTIONS: dict[Any, str] = {
     torch.sigmoid_: "sigmoid_",
     F.hardtanh: "hardtanh",
     F.hardtanh_: "hardtanh_",
-    torch.clamp: "clamp",
-    torch.clamp_: "clamp_",
+    **dict.fromkeys((torch.clamp, torch.clip), "clamp"),
+    **dict.fromkeys((torch.clamp_, torch.clip_), "clamp_"),
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), "dropout"),
     **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), "dropout"),
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
@@ -34,6 +35,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.unsqueeze: "unsqueeze",
     **dict.fromkeys((operator.add, torch.add), "add"),
     **dict.fromkeys((operator.mul, torch.mul, torch.multiply), "mul"),
+    **dict.fromkeys((operator.truediv, torch.div, torch.divide, torch.true_divide), "div"),
     operator.getitem: "getitem",
     getattr: "getattr",
 }
@@ -56,10 +58,14 @@ _METHODS = frozenset(
         "add_",
         "mul",
         "mul_",
+        "div",
+        "div_",
         "size",
     ]
 )
-_WRITING = frozenset(("relu_", "sigmoid_", "hardtanh_", "clamp_", "add_", "mul_"))
+_WRITING = frozenset(("relu_", "sigmoid_", "hardtanh_", "clamp_", "add_", "mul_", "div_"))
+# What may complete an activation written by hand, or a mean in two steps.
+_COMPLETING = frozenset(("relu6", "hardtanh", "clamp", "mean", "add", "mul", "div"))
 
 
 class Functions(StepList):
@@ -77,6 +83,8 @@ class Functions(StepList):
             raise Mismatch(f"{self.name}: expected no such function")
         if name in _WRITING:
             name, kwargs = name.removesuffix("_"), {**kwargs, "inplace": True}
+        if name not in _COMPLETING:
+            args, kwargs = self.settled(tuple(args)), {key: self.settled(value) for key, value in kwargs.items()}
         try:
             return getattr(self, f"_{name}")(*args, **kwargs)
         except TypeError as error:
@@ -90,8 +98,14 @@ class Functions(StepList):
     def _relu(self, input: Any, inplace: bool = False) -> Value:
         return self._act("relu", input, inplace)
 
-    def _relu6(self, input: Any, inplace: bool = False) -> Value:
-        return self._act("relu6", input, inplace)
+    def _relu6(self, input: Any, inplace: bool = False) -> Any:
+        if isinstance(input, Pending) and input.what == "x + 3":
+            return self._pending("relu6(x + 3)", input.of)
+        return self._act("relu6", self.settled(input), inplace)
+
+    def _pending(self, what: str, of: Any) -> Pending:
+        self.check("a tensor computed from the input", isinstance(of, Value), of)
+        return Pending(what, of, of.shape)
 
     def _hardswish(self, input: Any, inplace: bool = False) -> Value:
         return self._act("hswish", input, inplace)
@@ -99,19 +113,21 @@ class Functions(StepList):
     def _silu(self, input: Any, inplace: bool = False) -> Value:
         return self._act("silu", input, inplace)
 
-    def _hardsigmoid(self, input: Any, inplace: bool = False) -> Value:
-        return self._act("hsigmoid", input, inplace)
+    def _hardsigmoid(self, input: Any, inplace: bool = False) -> Any:
+        return self._act("hsigmoid", input, inplace) if inplace else self._pending("hsigmoid", input)
 
-    def _sigmoid(self, input: Any, inplace: bool = False) -> Value:
-        return self._act("sigmoid", input, inplace)
+    def _sigmoid(self, input: Any, inplace: bool = False) -> Any:
+        return self._act("sigmoid", input, inplace) if inplace else self._pending("sigmoid", input)
 
-    def _hardtanh(self, input: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Value:
+    def _hardtanh(self, input: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Any:
         return self._clamp(input, min_val, max_val, inplace)
 
-    def _clamp(self, input: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Value:
+    def _clamp(self, input: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Any:
+        if is_number(min) and min == 0 and max is None:
+            return self._act("relu", self.settled(input), inplace)
         bounds = (min, max)
         self.check("bounds 0 and 6", all(map(is_number, bounds)) and bounds == (0, 6), bounds)
-        return self._act("relu6", input, inplace)
+        return self._relu6(input, inplace)
 
     def _dropout(self, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         self.check("no dropout in evaluation mode", training is False or p == 0, f"training={training}")
@@ -119,14 +135,26 @@ class Functions(StepList):
 
     # Means over the image and their shapes.
 
-    def _adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Value:
+    def _adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Any:
         size = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
         self.check("output size 1", size == (1, 1), output_size)
         return self._mean(input, (2, 3), True)
 
-    def _mean(self, input: Any, dim: Any = None, keepdim: bool = False) -> Value:
-        dims = sorted(d % 4 for d in dim) if isinstance(dim, Sequence) and all(map(is_int, dim)) else dim
+    def _mean(self, input: Any, dim: Any = None, keepdim: bool = False) -> Any:
         shape = getattr(input, "shape", ())
+        dims = [dim] if is_int(dim) else dim
+        if isinstance(dims, Sequence) and all(map(is_int, dims)) and shape:
+            dims = sorted(d % len(shape) for d in dims)
+        if isinstance(input, Pending) and input.what == "mean":
+            self.check("a mean over the other side of the image", dims == [shape.index("side")], dim)
+            kept = [1 if side == "side" else side for side in shape if keepdim or side != "side"]
+            return self.step("pool", tuple(kept), input.of)
+        input = self.settled(input)
+        if len(shape) == 4 and dims in ([2], [3]):
+            # One side of the image is left, the other is gone or 1.
+            left = [*shape[:2], "side", "side"]
+            left[dims[0]] = 1
+            return Pending("mean", input, tuple(left if keepdim else left[: dims[0]] + left[dims[0] + 1 :]))
         self.check("a mean over dimensions 2 and 3", len(shape) == 4 and dims == [2, 3], dim)
         return self.step("pool", (*shape[:2], 1, 1) if keepdim else shape[:2], input)
 
@@ -194,19 +222,50 @@ class Functions(StepList):
 
     # Of two values.
 
-    def _add(self, input: Any, other: Any, *, alpha: Any = 1, inplace: bool = False) -> Value:
+    def _add(self, input: Any, other: Any, *, alpha: Any = 1, inplace: bool = False) -> Any:
+        if is_number(input) and not inplace:
+            input, other = other, input
+        if is_number(other) and other == 3 and alpha == 1 and not inplace:
+            return self._pending("x + 3", self.settled(input))
+        input, other = self.settled(input), self.settled(other)
         shapes = getattr(input, "shape", ()), getattr(other, "shape", None)
         self.check("two tensors of one shape", shapes[0] == shapes[1], [*map(_plain, shapes)])
         self.check("alpha 1", is_number(alpha) and alpha == 1, alpha)
         return self.step("add", shapes[0], input, other, writes=inplace)
 
-    def _mul(self, input: Any, other: Any, *, inplace: bool = False) -> Value:
+    def _mul(self, input: Any, other: Any, *, inplace: bool = False) -> Any:
+        for one, two in ((input, other), (other, input)):
+            if isinstance(one, Pending) and is_number(two):
+                return self._sixth(one, two)
+            if (
+                isinstance(one, Pending)
+                and isinstance(two, Value)
+                and (two.index, two.shape) == (one.of.index, one.shape)
+            ):
+                if one.what in ("sigmoid", "hsigmoid"):
+                    by_hand = {"sigmoid": "silu", "hsigmoid": "hswish"}[one.what]
+                    return self.step("act", two.shape, two, writes=inplace and two is input, activation=by_hand)
+                if one.what == "relu6(x + 3)" and not inplace:
+                    return self._pending("x * relu6(x + 3)", two)
+        input, other = self.settled(input), self.settled(other)
         shapes = getattr(input, "shape", ()), getattr(other, "shape", ())
         if not inplace and shapes[0][2:] == (1, 1):
             input, other, shapes = other, input, shapes[::-1]
         gated = len(shapes[0]) == 4 and shapes[1] == (*shapes[0][:2], 1, 1)
         self.check("[N, C, H, W] times [N, C, 1, 1]", gated, [*map(_plain, shapes)])
         return self.step("mul", shapes[0], input, other, writes=inplace)
+
+    def _div(self, input: Any, other: Any, *, inplace: bool = False) -> Any:
+        self.check("a division by 6", isinstance(input, Pending) and is_number(other) and other != 0, other)
+        return self._sixth(input, 1 / other)
+
+    def _sixth(self, value: Pending, factor: float) -> Any:
+        """The end of an activation by hand. It may write in place: what it writes to is nobody else's."""
+        self.check("a factor of 1/6", math.isclose(factor, 1 / 6, rel_tol=1e-7), factor)
+        if value.what == "x * relu6(x + 3)":
+            return self.step("act", value.shape, value.of, activation="hswish")
+        self.check("relu6(x + 3)", value.what == "relu6(x + 3)", value.what)
+        return self._pending("hsigmoid", value.of)
 
 
 def _plain(shape: Any) -> Any:

@@ -43,6 +43,7 @@ class _Reader(Functions):
 
     def _weighted(self, name: str, value: Any) -> Value:
         self.name = name
+        value = self.settled(value)
         if name in self._used:
             raise Mismatch(f"{name}: is used twice")
         self._used.add(name)

@@ -60,6 +60,20 @@ class Value:
     shape: Shape
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What may be part of an activation or a mean that later calls complete.
+
+    Attributes:
+        what: "sigmoid", "hsigmoid", "x + 3", "relu6(x + 3)", "x * relu6(x + 3)", or "mean" over one side of the image.
+        of: x.
+    """
+
+    what: str
+    of: Value
+    shape: Shape
+
+
 class StepList:
     """Collects steps in the order of execution, and sees to it that no value is read after it was written to."""
 
@@ -87,9 +101,19 @@ class StepList:
         self._shapes.append(shape)
         return Value(len(self._steps), shape)
 
+    def settled(self, value: Any) -> Any:
+        """The value of something pending that is an activation already; anything else as it is."""
+        if isinstance(value, tuple):
+            return tuple(map(self.settled, value))
+        if not isinstance(value, Pending):
+            return value
+        self.check("an activation or a mean", value.what in ("sigmoid", "hsigmoid"), value.what)
+        return self.step("act", value.shape, value.of, activation=value.what)
+
     def finished(self, output: Any) -> Steps:
         """The steps that lead to `output`."""
         self.name = "output"
+        output = self.settled(output)
         self.check("a tensor", isinstance(output, Value), output)
         self.check("a tensor that is not reshaped", output.shape == self._shapes[output.index], list(output.shape))
         self._check_readable(output)

@@ -160,17 +160,17 @@ def trace(module: nn.Module) -> Trace:
         try:
             traced = _trace(module)
         finally:
-            drawn = _put_back(generators)
+            drawn = put_back(generators)
         if not drawn:
             return traced
     raise RandomNumbersDrawn("forward draws random numbers")
 
 
 def _trace(module: nn.Module) -> Trace:
-    tracer = _Tracer(fx.Graph())
+    tracer = ValueTracer(fx.Graph())
     try:
         shadow, leaves = _shadow(module, tracer)
-        with _Recorder():
+        with Recorder():
             output = shadow(tracer.create_proxy("placeholder", "input", (), {}))
     except Untraceable:
         raise
@@ -189,7 +189,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _put_back(generators: tuple[Any, ...]) -> bool:
+def put_back(generators: tuple[Any, ...]) -> bool:
     """Whether random generators had to be put back."""
     now = isolation._generator_states(_CPU)
     drawn = False
@@ -231,26 +231,31 @@ def _autocast() -> list[tuple[bool, torch.dtype]]:
     return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
 
 
-class _Tracer(GraphAppendingTracer):
+class ValueTracer(GraphAppendingTracer):
+    """Writes down what is done to symbols; refuses any other tensor."""
+
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__(graph)
         self._autocast = _autocast()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Raises Untraceable where autocast was switched."""
         if _autocast() != self._autocast:
             raise Untraceable("forward switches autocast")
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A symbol that passes for a tensor."""
         return _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        """Raises Untraceable for a tensor."""
         if not issubclass(type(a), fx.Proxy) and isinstance(a, Tensor):
             raise Untraceable("forward uses a tensor other than its input outside Conv2d, BatchNorm2d and Linear")
         return super().create_arg(a)
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Records torch functions of proxies, past any other mode, and lets no other torch function run."""
 
     def __torch_function__(
@@ -263,14 +268,14 @@ class _Recorder(TorchFunctionMode):
         return fx.Proxy.__torch_function__(func, tuple(types), tuple(args), kwargs)
 
 
-def _shadow(module: nn.Module, tracer: _Tracer) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _shadow(module: nn.Module, tracer: ValueTracer) -> tuple[nn.Module, dict[str, nn.Module]]:
     named = list(named_modules(module))
     shadows: dict[int, nn.Module] = {id(each): object.__new__(type(each)) for _, each in named}
     leaves: dict[str, nn.Module] = {}
     for name, each in named:
         attributes = {key: _separate(value) for key, value in vars(each).items()}
         for store in ("_parameters", "_buffers"):
-            attributes[store] = {key: _stand_in(tensor) for key, tensor in getattr(each, store).items()}
+            attributes[store] = {key: stand_in(tensor) for key, tensor in getattr(each, store).items()}
         children = each._modules.items()
         attributes["_modules"] = {key: None if child is None else shadows[id(child)] for key, child in children}
         attributes["_backward_hooks"], attributes["_backward_pre_hooks"] = OrderedDict(), OrderedDict()
@@ -282,7 +287,7 @@ def _shadow(module: nn.Module, tracer: _Tracer) -> tuple[nn.Module, dict[str, nn
     return shadows[id(module)], leaves
 
 
-def _recorded(tracer: _Tracer, name: str) -> Callable[[Any], fx.Proxy]:
+def _recorded(tracer: ValueTracer, name: str) -> Callable[[Any], fx.Proxy]:
     def forward(input: Any) -> fx.Proxy:
         return tracer.create_proxy("call_module", name, (input,), {})
 
@@ -292,7 +297,7 @@ def _recorded(tracer: _Tracer, name: str) -> Callable[[Any], fx.Proxy]:
 def _separate(value: Any) -> Any:
     """A forward that writes to a container or a tensor must not reach the module's own."""
     if isinstance(value, Tensor):
-        return _stand_in(value)
+        return stand_in(value)
     if type(value) in (list, tuple, set):
         return type(value)(map(_separate, value))
     if type(value) is dict:
@@ -300,5 +305,6 @@ def _separate(value: Any) -> Any:
     return value
 
 
-def _stand_in(tensor: Tensor | None) -> Tensor | None:
+def stand_in(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of the same shape and dtype without values."""
     return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

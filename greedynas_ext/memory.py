@@ -150,9 +150,9 @@ def _record(
     for layer, ops in enumerate(used):
         first, *others = sorted(ops)
         for op in others:
-            record(layer + 1, chain.choices[layer][op], f"supernet.choices[{layer}][{op}]", features)
+            record(layer + 1, chain.choices[layer][op], chain.place(layer, op), features)
         # Last, so that no more is alive here than in an evaluation.
-        features = record(layer + 1, chain.choices[layer][first], f"supernet.choices[{layer}][{first}]", features)
+        features = record(layer + 1, chain.choices[layer][first], chain.place(layer, first), features)
     record(len(used) + 1, chain.head, "supernet.head", features)
     return recordings
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain
+from greedynas_ext.fused_operation import with_fused_operations
 from greedynas_ext.intercept import Interceptor, Normalisation
 from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
 from greedynas_ext.memory import MemoryEstimate, estimate_memory
@@ -44,19 +45,26 @@ class ModuleEngine:
         max_memory: int | None,
         profiling: bool,
         reason: str,
+        fuses: bool = False,
     ) -> None:
-        """`reason`: why the fused engine is not used."""
+        """`reason`: why the fused engine is not used; `fuses`: whether fused kernels run operations that they can."""
         self._chain, self._trie, self._modules, self._dtype = chain, trie, modules, dtype
         self._bn, self._label_smoothing, self._precision = bn, label_smoothing, precision
         self._max_memory, self._profiling = max_memory, profiling
         cast_to, cast_from = _casts(precision)
         self._interceptor = Interceptor(cast_to, cast_from)
+        self._fused: set[tuple[int, int]] = set()
+        if fuses:
+            used = {(node.layer, node.op) for node in trie.nodes}
+            with held_interrupts(), torch.no_grad():
+                self._chain, self._fused = with_fused_operations(chain, used, self._interceptor)
         self._runner: Runner | None = None
         self._profile: Profile
         self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
         self._macs: tuple[int, int] | None = None
+        self._macs_fused = 0
         self.traversal, self.split = "depth-first", 1
-        self.kernels = f"modules: {reason}"
+        self.kernels = f"partly fused; modules: {reason}" if self._fused else f"modules: {reason}"
 
     @property
     def needs_batch(self) -> bool:
@@ -85,6 +93,8 @@ class ModuleEngine:
                 sizes.append(len(part))
             if self._macs is None:
                 self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
+                nodes = zip(self._trie.nodes, runner.node_macs, strict=True)
+                self._macs_fused = sum(macs for node, macs in nodes if (node.layer, node.op) in self._fused)
         return sizes
 
     def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
@@ -98,6 +108,10 @@ class ModuleEngine:
         """Of one image: (computed, saved)."""
         assert self._macs is not None
         return self._macs
+
+    def macs_fused(self) -> int:
+        """Of those computed."""
+        return self._macs_fused
 
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; of `images` in all."""

@@ -35,6 +35,15 @@ class BatchNormWeights:
     eps: float = 1e-5
     running_mean: Tensor | None = None  # [C]; only running_statistics asks for them
     running_var: Tensor | None = None  # [C]
+    conv_bias: Tensor | None = None  # [C] of the convolution before it; batch statistics take it away
+
+    @property
+    def mean_without_bias(self) -> Tensor | None:
+        """What `running_mean` is to the convolution without its bias."""
+        if self.running_mean is None or self.conv_bias is None:
+            return self.running_mean
+        wide = torch.float64 if self.running_mean.dtype == torch.float64 else torch.float32
+        return self.running_mean.detach().to(wide) - self.conv_bias.detach().to(wide)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class SqueezeExcitationWeights:
 class InvertedBottleneckWeights:
     """[expand 1x1, BN, act], depthwise kxk, BN, act, [squeeze-excitation], project 1x1, BN, [+ input].
 
-    The convolutions have no biases and pad by k // 2. Without an expand stage `expand` and `expand_bn` are None.
+    The convolutions pad by k // 2; a bias is in the BatchNorm after it.
+    Without an expand stage `expand` and `expand_bn` are None.
     """
 
     expand: Tensor | None  # [hidden, in, 1, 1]
@@ -69,7 +79,7 @@ class InvertedBottleneckWeights:
 
 @dataclass(frozen=True)
 class ConvBNWeights:
-    """A 1x1 convolution with a stride, without bias, and its BatchNorm: the identity where the shape changes."""
+    """A 1x1 convolution with a stride and its BatchNorm: the identity where the shape changes."""
 
     weight: Tensor  # [out, in, 1, 1]
     bn: BatchNormWeights
@@ -139,12 +149,13 @@ def running_statistics(operations: Sequence[OperationWeights], block: PackedBloc
         entry = block.operation(index)
         for stage, channels in stage_channels(entry).items():
             name, norm = _batch_norm(operation, stage)
-            if norm.running_mean is None or norm.running_var is None:
+            mean = norm.mean_without_bias
+            if mean is None or norm.running_var is None:
                 raise ValueError(
                     f"operations[{index}].{name}: expected running_mean and running_var [{channels}], got None"
                 )
             start = entry[f"{stage}_statistics"]
-            rows[index, start : start + channels] = norm.running_mean.detach()
+            rows[index, start : start + channels] = mean.detach()
             rows[index, start + padded(channels) : start + padded(channels) + channels] = norm.running_var.detach()
     return rows
 
@@ -279,10 +290,10 @@ def _pack_batch_norm(
 ) -> int:
     """`like` is the convolution's weight. Returns the first column of statistics after this BatchNorm's."""
     channels = like.shape[0]
-    values = {"weight": norm.weight, "bias": norm.bias, "mean": norm.running_mean, "var": norm.running_var}
-    for part, value in values.items():
+    for part in ("weight", "bias", "running_mean", "running_var", "conv_bias"):
+        value = getattr(norm, part)
         if value is not None:
-            _check_vector(f"{name}.{part if part in ('weight', 'bias') else 'running_' + part}", value, channels)
+            _check_vector(f"{name}.{part}", value, channels)
     weight = like.new_ones(channels) if norm.weight is None else norm.weight
     bias = like.new_zeros(channels) if norm.bias is None else norm.bias
     row[f"{stage}_bn"] = writer.rows(name, torch.stack([weight, bias]))

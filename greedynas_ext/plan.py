@@ -40,7 +40,9 @@ class EvaluationPlan:
         macs_saved: what running each path on its own would have added.
         batch_split: images of a batch were evaluated in this many parts for `max_memory` (never where statistics
             of the batch are used).
-        kernels: what computed: "fused, " and the instruction set, or "modules: " and why they ran.
+        kernels: what computed: "fused, " and the instruction set, or "modules: " and why they ran; "partly fused, "
+            where both did.
+        macs_fused: those of `macs_computed` that fused kernels ran.
     """
 
     num_paths: int
@@ -52,6 +54,7 @@ class EvaluationPlan:
     macs_saved: int
     batch_split: int
     kernels: str
+    macs_fused: int = 0
 
     @property
     def shared_fraction(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from greedynas_ext import arguments, evaluate
+from greedynas_ext.adapted import AdaptedSupernet
 from greedynas_ext.arguments import Chain, SupernetLike
 from greedynas_ext.fused import FusedEngine, fused_precision
 from greedynas_ext.fused_chain import FusedChain
@@ -38,6 +39,7 @@ class PreparedEvaluation:
     def __init__(
         self,
         supernet: SupernetLike,
+        paths: Tensor,
         trie: Trie,
         engine: FusedEngine,
         device: torch.device,
@@ -49,7 +51,8 @@ class PreparedEvaluation:
         bn: str,
         per_image: bool,
     ) -> None:
-        self._supernet, self._trie, self._engine, self._device = supernet, trie, engine, device
+        self._supernet, self._paths, self._device = supernet, paths, device
+        self._trie, self._engine = trie, engine
         self._images, self._targets, self._calibration = images, targets, calibration
         self._k, self._bn, self._per_image = k, bn, per_image
         self._captured = False
@@ -86,15 +89,16 @@ class PreparedEvaluation:
         Warns:
             RuntimeWarning: where fewer than `k` losses are finite.
         """
+        chain, _ = evaluate.planned(self._supernet, Chain.of(self._supernet), self._paths)
         with held_interrupts(), torch.no_grad():
-            described = FusedChain.of(Chain.of(self._supernet), self._trie, self._device)
+            described = FusedChain.of(chain, self._trie, self._device)
         if isinstance(described, str) or not self._engine.reads_what(described):
             why = f": {described}" if isinstance(described, str) else ""
             raise RuntimeError(
                 f"supernet: expected the operations and parameters, in the same memory, that were prepared; "
                 f"prepare again{why}"
             )
-        return result_of(self._trie, self._engine, self._sums, k=self._k, bn=self._bn)
+        return result_of(chain, self._trie, self._engine, self._sums, k=self._k, bn=self._bn)
 
 
 def prepare_paths(
@@ -136,23 +140,26 @@ def prepare_paths(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    chain = Chain.of(supernet)
-    checked_paths = arguments.check_paths(paths, chain)
+    given = Chain.of(supernet)
+    checked_paths = arguments.check_paths(paths, given)
+    chain, operations = evaluate.planned(supernet, given, checked_paths)
     arguments.check_top_k(k, len(checked_paths))
     evaluate.check_options(bn, calibration, label_smoothing, max_memory)
-    device, dtype = evaluate.device_and_dtype(chain.modules_of(checked_paths))
+    device, dtype = evaluate.device_and_dtype(chain.modules_of(operations))
     where = device or torch.device("cpu")
     arguments.check_precision(precision, where)
     images = arguments.check_images("images", images, device)
     targets = arguments.check_targets(targets, images).detach()
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
-    trie = Trie(checked_paths)
+    trie = Trie(operations)
     kind = fused_precision(dtype, precision, where.type)
     described = evaluate.description(chain, trie, images, kind, bn, where)
     if isinstance(described, str):
         raise ValueError(f"supernet: expected one that the fused kernels can evaluate; {described}")
+    if isinstance(supernet, AdaptedSupernet):
+        supernet.before_batch(images)
     engine = evaluate.fused_engine(described, trie, where, kind, bn, label_smoothing, max_memory, profile=False)
     return PreparedEvaluation(
-        supernet, trie, engine, where, images, targets, calibration, k=k, bn=bn, per_image=per_image
+        supernet, checked_paths, trie, engine, where, images, targets, calibration, k=k, bn=bn, per_image=per_image
     )

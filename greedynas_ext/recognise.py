@@ -8,7 +8,7 @@ it is kept until the module changes (`recognise_cache`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ _Description = TypeVar("_Description")
 
 @dataclass(frozen=True)
 class StemWeights:
-    """Convolution without bias, padded by k // 2, BN, act, then inverted bottlenecks, if any."""
+    """Convolution, padded by k // 2, BN (with the bias, if any), act, then inverted bottlenecks, if any."""
 
     conv: Tensor  # [out, in, k, k], k odd
     stride: int
@@ -43,7 +43,7 @@ class StemWeights:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """1x1 convolution without bias, BN, act, mean over the image, linear."""
+    """1x1 convolution, BN (with its bias, if any), act, mean over the image, linear."""
 
     conv: Tensor  # [hidden, in, 1, 1]
     bn: BatchNormWeights
@@ -68,9 +68,12 @@ def recognise_stem(module: object) -> StemWeights | Unrecognised:
 
 
 def recognise_operation(
-    module: object, in_channels: int
+    module: object, in_channels: int | None
 ) -> InvertedBottleneckWeights | ConvBNWeights | IdentityWeights | Unrecognised:
-    """Describes `module` if it computes an operation on [N, in_channels, H, W], in evaluation mode. Never raises."""
+    """Describes `module` if it computes an operation on [N, in_channels, H, W], in evaluation mode. Never raises.
+
+    Without `in_channels` they are those of the first convolution; an identity has none to tell.
+    """
     return _recognise(module, "operation", in_channels, _operation)
 
 
@@ -128,6 +131,9 @@ class _Cursor:
         steps = self._steps.steps
         return steps[self._position] if self._position < len(steps) else None
 
+    def previous(self) -> Step:
+        return self._steps.steps[self._position - 1]
+
     def comes(self, *kinds: str) -> bool:
         step = self.peek()
         return step is not None and step.kind in kinds
@@ -158,7 +164,7 @@ class _Cursor:
 
 def _stem(cursor: _Cursor) -> StemWeights:
     step = cursor.take(("conv",), "the stem's convolution")
-    conv, weight = _conv(step), _unbiased(step)
+    conv, weight = _conv(step), _weight(step)
     if conv.groups != 1 or weight.shape[2] > 7:
         raise Mismatch(
             f"{step.name}: expected groups 1 and a kernel up to 7x7, got groups {conv.groups} and "
@@ -185,7 +191,7 @@ def _operation(cursor: _Cursor) -> InvertedBottleneckWeights | ConvBNWeights | I
         return IdentityWeights(cursor.channels())
     if first.kind == "conv" and not _is_depthwise(first):
         step = cursor.take(("conv",), "a 1x1 convolution")
-        weight, stride = _unbiased(step), pair(_conv(step).stride)[0]
+        weight, stride = _weight(step), pair(_conv(step).stride)[0]
         _check_pointwise(step)
         norm = _norm(cursor)
         if cursor.peek() is None:
@@ -217,7 +223,7 @@ def _after_expansion(
 ) -> InvertedBottleneckWeights:
     """The rest of the block whose input is value `start`."""
     step = cursor.take(("conv",), "a depthwise convolution")
-    depthwise, stride = _unbiased(step), pair(_conv(step).stride)[0]
+    depthwise, stride = _weight(step), pair(_conv(step).stride)[0]
     if not _is_depthwise(step) or depthwise.shape[2] not in (3, 5, 7):
         raise Mismatch(
             f"{step.name}: expected a depthwise convolution of 3x3, 5x5 or 7x7, got weight {list(depthwise.shape)} "
@@ -286,11 +292,9 @@ def _conv(step: Step) -> nn.Conv2d:
     return step.module
 
 
-def _unbiased(step: Step) -> Tensor:
-    weight, bias = _weight_and_bias(step)
-    if bias is not None:
-        raise Mismatch(f"{step.name}: expected no bias, got one")
-    return weight
+def _weight(step: Step) -> Tensor:
+    """Of a convolution that batch normalisation follows, which takes its bias."""
+    return _weight_and_bias(step)[0]
 
 
 def _is_depthwise(step: Step) -> bool:
@@ -302,7 +306,7 @@ def _is_depthwise(step: Step) -> bool:
 def _pointwise(cursor: _Cursor, expected: str) -> Tensor:
     step = cursor.take(("conv",), expected)
     _check_pointwise(step, stride=1)
-    return _unbiased(step)
+    return _weight(step)
 
 
 def _check_pointwise(step: Step, stride: int | None = None) -> None:
@@ -315,9 +319,11 @@ def _check_pointwise(step: Step, stride: int | None = None) -> None:
 
 
 def _norm(cursor: _Cursor) -> BatchNormWeights:
+    """The batch normalisation after the convolution that was taken last."""
+    conv = cursor.previous()
     norm = cursor.take(("bn",), "batch normalisation").norm
     assert norm is not None
-    return norm
+    return replace(norm, conv_bias=_weight_and_bias(conv)[1])
 
 
 def _activation(cursor: _Cursor) -> str:

@@ -23,6 +23,11 @@ _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
 _GATES: dict[int, Callable[[Tensor], Tensor]] = {GATES["hsigmoid"]: F.hardsigmoid, GATES["sigmoid"]: torch.sigmoid}
 
 
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of an activation of `block_layout.ACTIVATIONS`."""
+    return _ACTIVATIONS[ACTIVATIONS[name]]
+
+
 def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.path_cross_entropy` by `torch.nn.functional.cross_entropy`, one path after the other.
 
@@ -93,20 +98,20 @@ class _Node:
 
     def __call__(self, x: Tensor) -> Tensor:
         row = self._row
-        activation = _ACTIVATIONS[row["activation"]]
+        act = _ACTIVATIONS[row["activation"]]
         if row["kind"] == KINDS["identity"]:
             return x
         if row["kind"] == KINDS["conv_bn"]:
             weight = self._pointwise("project_weight", row["in_channels"], row["out_channels"])
-            return activation(self._batch_norm("project", F.conv2d(x, weight, stride=row["stride"])))
+            return act(self._batch_norm("project", F.conv2d(x, weight, stride=row["stride"])))
         hidden, kernel = row["hidden_channels"], row["kernel"]
         y = x
         if row["expand_weight"] >= 0:
             y = F.conv2d(y, self._pointwise("expand_weight", row["in_channels"], hidden))
-            y = activation(self._batch_norm("expand", y))
+            y = act(self._batch_norm("expand", y))
         taps = self._rows("depthwise_weight", kernel * kernel, hidden).t().reshape(hidden, 1, kernel, kernel)
         y = F.conv2d(y, taps, stride=row["stride"], padding=kernel // 2, groups=hidden)
-        y = activation(self._batch_norm("depthwise", y))
+        y = act(self._batch_norm("depthwise", y))
         if row["se_channels"] > 0:
             y = y * self._gates(y, hidden, row["se_channels"])
         y = F.conv2d(y, self._pointwise("project_weight", hidden, row["out_channels"]))

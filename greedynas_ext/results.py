@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from greedynas_ext import ops
+from greedynas_ext.arguments import Chain
 from greedynas_ext.fused import FusedEngine
 from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
@@ -73,6 +74,7 @@ class Sums:
 
 
 def result_of(
+    chain: Chain,
     trie: Trie,
     engine: FusedEngine | ModuleEngine,
     sums: Sums,
@@ -85,16 +87,17 @@ def result_of(
     """What `engine` found, once all batches have been evaluated into `sums`."""
     losses, accuracy, image_losses = sums.means()
     engine.check()
-    per_layer = trie.nodes_per_layer()
+    per_layer = chain.nodes_per_column(trie.nodes_per_layer())
     plan = EvaluationPlan(
         len(trie.leaf_of_path),
-        trie.num_layers,
+        len(per_layer),
         sum(per_layer),
         per_layer,
         engine.traversal,
         *engine.macs(),
         engine.split,
         engine.kernels,
+        engine.macs_fused(),
     )
     return PathEvaluation(
         losses,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
+from greedynas_ext.fused_operation import FusedOperation
 from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
 from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
@@ -156,7 +157,7 @@ class Runner:
                     )
                 alone = frees_parent and readers.of(source) == 1
                 output, macs = self._call(
-                    f"layer {node.layer}",
+                    self._chain.stage(node.layer),
                     ("node", number),
                     operation,
                     source if alone or only_reads(operation) else source.clone(),
@@ -193,7 +194,7 @@ class Runner:
         if number == STEM:
             return "supernet.stem"
         node = self._trie.nodes[number]
-        return f"supernet.choices[{node.layer}][{node.op}]"
+        return self._chain.place(node.layer, node.op)
 
     def _call(
         self,
@@ -243,6 +244,8 @@ def call(operation: Operation, source: Tensor, place: str) -> Tensor:
 
 def only_reads(operation: Operation) -> bool:
     """Whether an operation surely leaves its input alone: then it needs no copy of it."""
+    if isinstance(operation, FusedOperation):
+        return True
     if not isinstance(operation, nn.Module) or "forward" in operation.__dict__:
         return False
     if operation._forward_pre_hooks or operation._forward_hooks:

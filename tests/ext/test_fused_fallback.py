@@ -61,12 +61,6 @@ CASES: dict[str, tuple[Change, str]] = {
         lambda net: setattr(net.stem.act, "forward", torch.tanh),
         "supernet.stem: act: forward is replaced on the instance",
     ),
-    "bias in a block": (
-        set_("choices.1.0.expand.conv", lambda: conv(12, 36, 1, bias=True)),
-        "supernet.choices[1][0]: expand.conv: expected no bias, got one",
-    ),
-    "bias in the stem": (set_("stem.conv", lambda: conv(3, 7, 3, bias=True)), "supernet.stem: conv: expected no bias"),
-    "bias in the head": (set_("head.conv", lambda: conv(20, 24, 1, bias=True)), "supernet.head: conv: expected no"),
     "kernel 9": (
         set_("choices.1.0.depthwise.conv", lambda: conv(36, 36, 9, groups=36)),
         "supernet.choices[1][0]: depthwise.conv: expected a depthwise convolution of 3x3, 5x5 or 7x7",

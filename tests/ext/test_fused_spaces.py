@@ -132,6 +132,16 @@ def _cases() -> list[Any]:
     return cases
 
 
+@pytest.mark.parametrize("bn", POLICIES)
+def test_biases_before_batch_norm(bn: str) -> None:
+    net = small_supernet()
+    generator = torch.Generator().manual_seed(5)
+    for conv in [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.bias is None]:
+        conv.bias = nn.Parameter(torch.randn(conv.out_channels, generator=generator, dtype=torch.float64))
+    images, targets = draw_images(4, 17)
+    compare(net, covering_paths(net), images, targets, bn=bn, tolerance=FP64)
+
+
 @pytest.mark.parametrize(("name", "bn", "dtype"), _cases())
 def test_spaces(name: str, bn: str, dtype: torch.dtype) -> None:
     net = space_supernet(name)

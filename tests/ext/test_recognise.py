@@ -167,8 +167,20 @@ FUNCTIONS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("relu6", lambda x: x.clamp(min=0.0, max=6.0)),
     ("relu6", lambda x: x.clamp_(0, 6)),
     ("relu6", nn.Hardtanh(0, 6)),
+    ("relu6", lambda x: torch.clip(x, 0, 6)),
+    ("relu", lambda x: x.clamp(min=0)),
+    ("relu", lambda x: torch.clamp_(x, 0)),
     ("hswish", F.hardswish),
+    ("hswish", lambda x: x * F.hardsigmoid(x)),
+    ("hswish", lambda x: nn.Hardsigmoid()(x) * x),
+    ("hswish", lambda x: x * F.relu6(x + 3.0, inplace=True) / 6.0),
+    ("hswish", lambda x: x * (F.relu6(3 + x) / 6)),
+    ("hswish", lambda x: x.mul(torch.clamp(x.add(3), 0, 6)).div(6)),
+    ("hswish", lambda x: F.hardtanh(x + 3, 0, 6).mul_(1 / 6) * x),
+    ("hswish", lambda x: x.mul_(F.relu6(x + 3).div_(6))),
     ("silu", lambda x: F.silu(x, inplace=True)),
+    ("silu", lambda x: x * torch.sigmoid(x)),
+    ("silu", lambda x: x.mul_(x.sigmoid())),
 ]
 
 
@@ -180,6 +192,25 @@ def test_functional_activations(number: int) -> None:
     assert isinstance(weights, InvertedBottleneckWeights), weights
     assert (weights.activation, weights.residual, weights.depthwise.shape[2]) == (name, True, 5)
     check(module, weights, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x: x * F.relu6(x + 3) / 5, "div: expected a factor of 1/6"),
+        (lambda x: x * F.relu6(x + 2) / 6, "add: expected two tensors of one shape"),
+        (lambda x: x * F.relu(x + 3) / 6, "relu: expected an activation or a mean, got x + 3"),
+        (lambda x: x * F.relu6(x + 3), "expected an activation or a mean, got x * relu6(x + 3)"),
+        (lambda x: F.relu6(x + 3), "expected an activation or a mean, got relu6(x + 3)"),
+        (lambda x: x / 6, "div: expected a division by 6"),
+        (lambda x: F.relu6(x + 3) / 6, "expected one of linear, relu, relu6, hswish, silu, got hsigmoid"),
+        (lambda x: x.relu() * torch.sigmoid(x), "mul: expected [N, C, H, W] times [N, C, 1, 1]"),
+        (lambda x: (lambda gate: x.relu_() * gate)(torch.sigmoid(x)), "overwritten in place"),
+        (lambda x: torch.clamp(x, max=0), "expected bounds 0 and 6"),
+    ],
+)
+def test_what_is_nearly_an_activation_is_refused(function: Callable[[Tensor], Tensor], text: str) -> None:
+    assert text in reason(recognise_operation(Functional(function), 4))
 
 
 @pytest.mark.parametrize("how", ["left", "right", "torch", "writes", "method"])
@@ -223,6 +254,25 @@ def test_conv_bn(stride: int, activation: nn.Module | None) -> None:
     assert isinstance(weights, ConvBNWeights), weights
     assert weights.stride == stride
     check(module, weights, 4)
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_biases_before_batch_norm(which: int) -> None:
+    """Statistics of the batch take a bias away; from stored ones it is taken off."""
+    parts = [conv(4, 12, bias=bool(which & 1)), nn.BatchNorm2d(12), nn.ReLU6()]
+    parts += [conv(12, 12, 3, groups=12, bias=bool(which & 2)), nn.BatchNorm2d(12), nn.ReLU6()]
+    module = filled(nn.Sequential(*parts, conv(12, 4, bias=bool(which & 4)), nn.BatchNorm2d(4)))
+    for norm in (module[1], module[4], module[7]):
+        norm.running_mean.normal_(generator=torch.Generator().manual_seed(2))
+    weights = recognise_operation(module, 4)
+    assert isinstance(weights, InvertedBottleneckWeights), weights
+    check(module, weights, 4)
+    for bn, index in ((weights.expand_bn, 0), (weights.depthwise_bn, 3), (weights.project_bn, 6)):
+        assert bn is not None
+        assert bn.conv_bias is module[index].bias
+        stored = module[index + 1].running_mean
+        expected = stored if module[index].bias is None else stored - module[index].bias
+        assert torch.equal(bn.mean_without_bias, expected)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +340,14 @@ class Head(nn.Module):
             return self.fc(y.mean((2, 3), keepdim=True).reshape((-1, 9)))
         if self.how == "squeeze":
             return self.fc(torch.squeeze(y.mean((2, 3), True), (2, 3)))
+        if self.how == "two means":
+            return self.fc(y.mean(3).mean(2))
+        if self.how == "two other means":
+            return self.fc(y.mean(2, keepdim=True).mean(-1, True).flatten(1))
+        if self.how == "one mean":
+            return self.fc(y.mean(3))
+        if self.how == "the same mean twice":
+            return self.fc(y.mean(3, True).mean(3).flatten(1))
         if self.how == "flatten":
             return self.fc(F.dropout(torch.flatten(F.adaptive_avg_pool2d(y, 1), 1), 0.0, self.training))
         if self.how == "whole squeeze":
@@ -303,7 +361,7 @@ class Head(nn.Module):
         return self.fc(y.mean((3, 2)))
 
 
-@pytest.mark.parametrize("how", ["view", "reshape", "squeeze", "flatten", "mean"])
+@pytest.mark.parametrize("how", ["view", "reshape", "squeeze", "flatten", "mean", "two means", "two other means"])
 def test_heads(how: str) -> None:
     module = filled(Head(how))
     weights = recognise_head(module)
@@ -320,6 +378,8 @@ def test_heads(how: str) -> None:
         ("other view", "view: expected one value for each image and channel"),
         ("other dimensions", "mean: expected a mean over dimensions 2 and 3"),
         ("doubled", "mean: "),
+        ("one mean", "fc: expected an activation or a mean, got mean"),
+        ("the same mean twice", "mean: expected a mean over the other side"),
     ],
 )
 def test_other_heads_are_refused(how: str, text: str) -> None:
@@ -349,7 +409,6 @@ def test_stems(kernel: int, blocks: int) -> None:
         ([conv(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()], "expected groups 1"),
         ([conv(3, 4, 3), nn.BatchNorm2d(4)], "expected an activation, got the end"),
         ([conv(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)], "expected batch normalisation, got act"),
-        ([conv(3, 4, 3, bias=True), nn.BatchNorm2d(4), nn.ReLU()], "expected no bias, got one"),
         ([conv(3, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid()], "expected one of linear, relu"),
         ([conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)], "max_pool2d"),
         ([], "got the end"),

@@ -87,7 +87,6 @@ class Hostile(nn.Module):
 REFUSALS: list[tuple[str, Callable[[], Any]]] = [
     ("not a module", lambda: F.relu),
     ("not a module", lambda: None),
-    ("0: expected no bias, got one", lambda: changed(0, conv(4, 12, bias=True))),
     (
         "3: expected padding_mode zeros, got reflect",
         lambda: changed(3, conv(12, 12, 3, groups=12, padding_mode="reflect")),

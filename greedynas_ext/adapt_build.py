@@ -1,0 +1,135 @@
+"""Makes a chain of a supernet that was cut: a stem, layers, fixed blocks between them, and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from greedynas_ext.adapt_cut import Cut
+from greedynas_ext.adapt_parts import Call, Part, joined
+from greedynas_ext.adapt_segment import module_of
+from greedynas_ext.adapt_select import Selection
+from greedynas_ext.adapt_trace import Supernet
+from greedynas_ext.arguments import Chain
+from greedynas_ext.recognise import Unrecognised, recognise_head, recognise_operation, recognise_stem
+
+_LONGEST = 12  # parts of a fixed block that is recognised
+
+
+def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> Chain:
+    """The chain that does what `found` says, for paths of the selection's columns."""
+    builder = _Builder(supernet)
+    stem, fixed = builder.stem(found.before)
+    choices: list[tuple[nn.Module, ...]] = [(block,) for block in fixed]
+    columns: list[int | None] = [None] * len(fixed)
+    for position, layer in enumerate(found.layers):
+        choices.append(tuple(module_of(joined(option), supernet) for option in layer.options))
+        columns.append(layer.number)
+        if position + 1 < len(found.layers):
+            fixed = builder.fixed(layer.after)
+        else:
+            fixed, head = builder.head(layer.after)
+        choices += [(block,) for block in fixed]
+        columns += [None] * len(fixed)
+    return Chain(stem, tuple(choices), head, tuple(columns), selection.sizes, partly_fused=True)
+
+
+class _Builder:
+    """Groups what does not depend on choices so that as much of it as may be is recognised."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        self._supernet = supernet
+
+    def stem(self, parts: Sequence[Part]) -> tuple[nn.Module, list[nn.Module]]:
+        """The stem, and fixed blocks after it."""
+        spread = self._spread(parts)
+        for candidates in (parts, spread):
+            for count in range(len(candidates), 0, -1):
+                stem = self._module(candidates[:count])
+                if not isinstance(recognise_stem(stem), Unrecognised):
+                    return stem, self.fixed(candidates[count:])
+        blocks = self.fixed(parts)
+        return (blocks[0], blocks[1:]) if blocks else (nn.Identity(), [])
+
+    def head(self, parts: Sequence[Part]) -> tuple[list[nn.Module], nn.Module]:
+        """Fixed blocks, and the head after them."""
+        spread = self._spread(parts)
+        for candidates in (parts, spread):
+            for start in range(len(candidates)):
+                head = self._module(candidates[start:])
+                if not isinstance(recognise_head(head), Unrecognised):
+                    return self.fixed(candidates[:start]), head
+        return [], self._module(parts)
+
+    def fixed(self, parts: Sequence[Part]) -> list[nn.Module]:
+        """The longest runs of parts that are recognised as an operation, and what is between them."""
+        blocks: list[nn.Module] = []
+        rest: list[Part] = []
+        spread = self._spread(parts)
+        start = 0
+        while start < len(spread):
+            for stop in range(min(len(spread), start + _LONGEST), start, -1):
+                block = self._module(spread[start:stop])
+                if not isinstance(recognise_operation(block, None), Unrecognised):
+                    blocks += [self._module(rest)] if rest else []
+                    blocks.append(block)
+                    rest, start = [], stop
+                    break
+            else:
+                rest.append(spread[start])
+                start += 1
+        return blocks + ([self._module(rest)] if rest else [])
+
+    def _module(self, parts: Sequence[Part]) -> nn.Module:
+        return module_of(joined(list(parts)), self._supernet)
+
+    def _spread(self, parts: Sequence[Part]) -> list[Part]:
+        """Calls of an nn.Sequential as calls of what is in it."""
+        spread: list[Part] = []
+        for part in parts:
+            call = part[0]
+            module = self._supernet.modules[call.target] if call.kind == "module" else None
+            plain = len(part) == 1 and call.args == (("value", 0),) and not call.kwargs
+            if plain and module is not None and type(module) is nn.Sequential and _only_calls_children(module):
+                children = [
+                    self._supernet.name_of(child, f"{call.target}.{key}") for key, child in module.named_children()
+                ]
+                spread += self._spread([(Call("module", name, (("value", 0),), ()),) for name in children])
+            else:
+                spread.append(part)
+        return spread
+
+
+def _only_calls_children(module: nn.Sequential) -> bool:
+    replaced = "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None
+    unique = len({id(child) for child in module._modules.values()}) == len(module._modules)
+    return unique and not (replaced or module._forward_hooks or module._forward_pre_hooks)
+
+
+def folded(chain: Chain, layers: int) -> tuple[nn.Module, tuple[tuple[nn.Module, ...], ...], nn.Module]:
+    """The chain as stem, choices and head alone: fixed blocks go with what is before them."""
+    assert chain.columns is not None
+    stem, found = [chain.stem], {}
+    last: int | None = None
+    for column, operations in zip(chain.columns, chain.choices, strict=True):
+        if column is not None:
+            found[column], last = [[operation] for operation in operations], column
+        elif last is None:
+            stem.append(operations[0])
+        else:
+            for each in found[last]:
+                each.append(operations[0])
+    choices = tuple(
+        tuple(_in_a_row(each) for each in found[column])
+        if column in found
+        else tuple(nn.Identity() for _ in range(chain.options[column]))
+        for column in range(layers)
+    )
+    return _in_a_row(stem), choices, chain.head  # type: ignore[return-value]
+
+
+def _in_a_row(operations: Sequence[Callable[..., object]]) -> nn.Module:
+    modules = [operation for operation in operations if isinstance(operation, nn.Module)]
+    assert len(modules) == len(operations)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)

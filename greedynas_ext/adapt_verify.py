@@ -1,0 +1,135 @@
+"""Compares the chain made of a supernet with the supernet's own forward, on a few images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from greedynas_ext import reference
+from greedynas_ext.adapt_select import kept_attributes
+from greedynas_ext.arguments import Chain
+from greedynas_ext.intercept import Interceptor
+from greedynas_ext.isolation import held_interrupts, undisturbed
+from greedynas_ext.packing import ConvBNWeights, IdentityWeights, OperationWeights, pack_choice_block
+from greedynas_ext.recognise import (
+    HeadWeights,
+    StemWeights,
+    Unrecognised,
+    recognise_head,
+    recognise_operation,
+    recognise_stem,
+)
+
+Own = Callable[[Sequence[int], Tensor], Any]
+
+# The same functions of torch on the same values: what differs is the order of few sums, if anything.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+_OTHERS = 5e-2
+
+
+def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own, images: Tensor) -> str | None:
+    """Where the chain, or what is recognised of it, computes something else than `own(path, images)`; None: nowhere.
+
+    Each option of each layer is in one of the paths that are compared. Statistics are those of the images.
+    """
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), images.dtype)
+    images = images.to(dtype)
+    with _quiet(module, chain, images.device):
+        compared: set[tuple[int, int]] = set()
+        # Each path on other images after others still, and the chain in the opposite order: a state kept between calls
+        # shows.
+        paths = [[(number + layer) % size for layer, size in enumerate(sizes)] for number in range(max(sizes))]
+        shifted = [images.roll(number, -1) for number in range(len(paths))]
+        for path in paths:
+            own(path, images.flip(-1))
+        logits = [own(path, each.clone()) for path, each in zip(paths, shifted, strict=True)]
+        for path, each, expected in zip(paths[::-1], shifted[::-1], logits[::-1], strict=True):
+            if not isinstance(expected, Tensor) or expected.dim() != 2:
+                came = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+                return f"expected logits [{len(images)}, classes] from forward, got {came}"
+            problem = _along(chain, path, each, expected, compared)
+            if problem is not None:
+                return problem
+    return None
+
+
+@contextlib.contextmanager
+def _quiet(module: nn.Module, chain: Chain, device: torch.device) -> Iterator[None]:
+    interceptor = Interceptor(None, frozenset())
+    interceptor.normalisation = "probe"
+    parts = [chain.stem, *(op for layer in chain.choices for op in layer), chain.head]
+    modules = [module, *(part for part in parts if isinstance(part, nn.Module))]
+    with held_interrupts(), undisturbed(modules, device), torch.no_grad(), kept_attributes(module), interceptor:
+        yield
+
+
+def _along(
+    chain: Chain, path: Sequence[int], images: Tensor, expected: Tensor, compared: set[tuple[int, int]]
+) -> str | None:
+    _, layers = chain.planned(torch.tensor([path]))
+    features = chain.stem(images.clone())
+    if (-1, 0) not in compared:
+        compared.add((-1, 0))
+        problem = _described_otherwise(recognise_stem(chain.stem), images, features, "supernet.stem")
+        if problem is not None:
+            return problem
+    for layer, op in enumerate(layers[0].tolist()):
+        source, features = features, chain.choices[layer][op](features.clone())
+        if (layer, op) not in compared:
+            compared.add((layer, op))
+            weights = recognise_operation(chain.choices[layer][op], source.shape[1] if source.dim() > 1 else 0)
+            problem = _described_otherwise(weights, source, features, chain.place(layer, op))
+            if problem is not None:
+                return problem
+    logits = chain.head(features.clone())
+    if _error(logits, expected) is not None:
+        return f"on path {list(path)} the chain's logits differ from forward's {_error(logits, expected)}"
+    return _described_otherwise(recognise_head(chain.head), features, logits, "supernet.head")
+
+
+def _described_otherwise(weights: object, source: Tensor, output: Tensor, place: str) -> str | None:
+    """Where a description computes something else than the module did."""
+    if isinstance(weights, Unrecognised | IdentityWeights):
+        return None
+    if output.shape[0] * output.shape[2:].numel() == 1:
+        return None  # a single value per channel has no statistics
+    error = _error(described(weights, source), output)
+    return None if error is None else f"{place} is recognised as {type(weights).__name__}, which differs {error}"
+
+
+def described(weights: object, x: Tensor) -> Tensor:
+    """What a description of an operation, a stem or a head computes, with statistics of the batch, in plain torch."""
+    if isinstance(weights, StemWeights):
+        x = F.conv2d(x, weights.conv, stride=weights.stride, padding=weights.conv.shape[2] // 2)
+        x = F.batch_norm(x, None, None, weights.bn.weight, weights.bn.bias, True, 0.0, weights.bn.eps)
+        x = reference.activation(weights.activation)(x)
+        for block in weights.blocks:
+            x = _operation(block, x)
+        return x
+    if isinstance(weights, HeadWeights):
+        x = _operation(ConvBNWeights(weights.conv, weights.bn, 1, weights.activation), x)
+        return F.linear(x.mean((2, 3)), weights.weight, weights.bias)
+    return _operation(weights, x)  # type: ignore[arg-type]
+
+
+def _operation(weights: OperationWeights, x: Tensor) -> Tensor:
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    block = pack_choice_block([weights], dtype=wide)
+    index = torch.zeros(1, dtype=torch.int64)
+    output, _ = reference.mixed_op(x.to(wide).permute(0, 2, 3, 1)[None], index, index, block)
+    return output[0].permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _error(actual: Tensor, expected: Tensor) -> str | None:
+    """The largest difference, where it is more than rounding."""
+    if actual.shape != expected.shape:
+        return f"in shape: {list(actual.shape)} for {list(expected.shape)}"
+    largest = float(expected.abs().max())
+    difference = float((actual.double() - expected.double()).abs().max())
+    allowed = _TOLERANCES.get(expected.dtype, _OTHERS) * max(largest, 1e-30)
+    return None if difference <= allowed else f"by {difference:.2e}, of values up to {largest:.2e}"
