@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_supernets import FOREIGN, covering, make
 from supernets import draw_images, odd_supernet
 from test_fused_spaces import covering_paths, make_supernet, small_space, small_supernet
 from test_fused_staleness import CHANGES
+from torch import nn
 
-from greedynas_ext import evaluate_paths, prepare_paths
+from greedynas_ext import adapt, evaluate_paths, prepare_paths
 
 # Of test_fused_staleness: what leaves the parameters' memory, and the operations, where they are.
 IN_PLACE = [
@@ -156,3 +158,45 @@ def test_a_copy_is_another_supernet() -> None:
             parameter.zero_()
     prepared.launch()
     assert torch.equal(prepared.result().losses, expected)
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_biases_of_convolutions_before_batch_norm(bn: Any) -> None:
+    """They are in the means that the kernels are given, which have to be computed anew at each launch."""
+    net = small_supernet(torch.float64)
+    part = net.choices[1][0].expand
+    part.conv.bias = nn.Parameter(torch.linspace(-1, 1, part.conv.out_channels, dtype=torch.float64))
+    images, targets = draw_images(6, 17, dtype=torch.float64)
+    paths = covering_paths(net)
+    prepared = prepare_paths(net, paths, images, targets, k=1, bn=bn)
+    before = prepared.result()
+    with torch.no_grad():
+        part.conv.bias.mul_(-2)
+        part.bn.running_mean.add_(0.1)
+    prepared.launch()
+    after = prepared.result()
+    assert same(after, evaluate_paths(net, paths, images, targets, k=1, bn=bn, fused=True))
+    assert torch.equal(after.losses, before.losses) == (bn == "batch")
+    part.bn.running_mean = part.bn.running_mean.clone()
+    with pytest.raises(RuntimeError, match="prepare again"):
+        prepared.result()
+
+
+def test_an_adapted_supernet() -> None:
+    net = make("fairnas")
+    view = adapt(net, **FOREIGN["fairnas"].arguments)
+    images, targets = draw_images(6, 20)
+    paths = covering(FOREIGN["fairnas"].sizes)
+    prepared = prepare_paths(view, paths, images, targets, k=2)
+    before = prepared.result()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+    prepared.launch()
+    after = prepared.result()
+    assert not torch.equal(after.losses, before.losses)
+    assert same(after, evaluate_paths(view, paths, images, targets, k=2, fused=True))
+    for name, module in net.named_children():
+        setattr(net, name, copy.deepcopy(module))
+    with pytest.raises(RuntimeError, match="call adapt again"):
+        prepared.result()
