@@ -439,7 +439,7 @@ void Evaluation<T>::run_loss(const std::vector<int32_t>& leaves) {
 
 template <typename T>
 const char* Evaluation<T>::kernels() const {
-  return std::is_same_v<T, BFloat16> ? "CUDA, bf16" : "CUDA, fp16";
+  return std::is_same_v<T, BFloat16> ? "CUDA, bf16" : std::is_same_v<T, Half> ? "CUDA, fp16" : "CUDA, fp32";
 }
 
 std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision) {
