@@ -122,7 +122,7 @@ class Program:
             entry.symbol: entry for entry in compiled.resources if entry.architecture == ARCHITECTURE
         }
         self._kernels: dict[str, Kernel] = {}
-        self._recorder = build_recorder(compiled)
+        self.recorder = build_recorder(compiled)
 
     def kernel(self, symbol: str) -> Kernel:
         if symbol not in self._kernels:
@@ -132,7 +132,7 @@ class Program:
 
     def launches(self, nodes: Iterable[Node], device: Device = H100) -> dict[Node, list[Launch]]:
         shared = MULTIPROCESSORS[ARCHITECTURE].block_shared
-        return record(self._recorder, nodes, device.multiprocessors, shared)
+        return record(self.recorder, nodes, device.multiprocessors, shared)
 
 
 def build_recorder(compiled: Compiled) -> Path:
@@ -363,7 +363,7 @@ def main() -> None:
         "stages": stages,
     }
     total = sum(sum(by.values()) for by in stages.values())
-    print(f"{len(rows)} nodes; {len(paths)} paths on {options.images} images: {total * 1e3:.1f} ms modelled")
+    print(f"{len(rows)} nodes; {len(paths)} paths on {options.images:,} images: {total * 1e3:.1f} ms modelled")
     if options.output is not None:
         write_json(options.output, found)
     if options.markdown is not None:
