@@ -23,7 +23,7 @@ from gpu_model_page import page
 from gpu_nodes import Measurable, Node, evaluation, layer_nodes
 from gpu_traffic import Counted, Traffic
 from inputs import make_paths
-from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, plain, pointwise
+from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, pieces, plain, pointwise
 from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels, gencode
 from occupancy import MULTIPROCESSORS, resident_blocks
 from sass import Kernel, disassemble
@@ -213,8 +213,6 @@ def l2_bytes(node: Node, launch: Launch) -> float:
     """What a launch asks of the L2 cache: maps as often as they are read, weights for each block."""
     shape, plan = node.shape, launch.plan
     if node.function == "expand_depthwise":
-        from kernel_work import pieces
-
         groups = -(-shape["hidden_channels"] // plan["group"])
         whole = plan["step"] >= plan["rows"]
         read = sum(piece.pixels for piece in pieces(shape, plan)) / plan["images"] * shape["images"]
