@@ -24,7 +24,7 @@ from gpu_nodes import Measurable, Node, evaluation, layer_nodes
 from gpu_traffic import Counted, Traffic
 from greedynas._files import write_bytes
 from inputs import make_paths
-from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, plain, pointwise
+from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, pieces, plain, pointwise
 from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels, gencode
 from occupancy import MULTIPROCESSORS, resident_blocks
 from sass import Kernel, disassemble
@@ -122,7 +122,7 @@ class Program:
             entry.symbol: entry for entry in compiled.resources if entry.architecture == ARCHITECTURE
         }
         self._kernels: dict[str, Kernel] = {}
-        self._recorder = build_recorder(compiled)
+        self.recorder = build_recorder(compiled)
 
     def kernel(self, symbol: str) -> Kernel:
         if symbol not in self._kernels:
@@ -132,7 +132,7 @@ class Program:
 
     def launches(self, nodes: Iterable[Node], device: Device = H100) -> dict[Node, list[Launch]]:
         shared = MULTIPROCESSORS[ARCHITECTURE].block_shared
-        return record(self._recorder, nodes, device.multiprocessors, shared)
+        return record(self.recorder, nodes, device.multiprocessors, shared)
 
 
 def build_recorder(compiled: Compiled) -> Path:
@@ -213,8 +213,6 @@ def l2_bytes(node: Node, launch: Launch) -> float:
     """What a launch asks of the L2 cache: maps as often as they are read, weights for each block."""
     shape, plan = node.shape, launch.plan
     if node.function == "expand_depthwise":
-        from kernel_work import pieces
-
         groups = -(-shape["hidden_channels"] // plan["group"])
         whole = plan["step"] >= plan["rows"]
         read = sum(piece.pixels for piece in pieces(shape, plan)) / plan["images"] * shape["images"]
@@ -363,7 +361,7 @@ def main() -> None:
         "stages": stages,
     }
     total = sum(sum(by.values()) for by in stages.values())
-    print(f"{len(rows)} nodes; {len(paths)} paths on {options.images} images: {total * 1e3:.1f} ms modelled")
+    print(f"{len(rows)} nodes; {len(paths)} paths on {options.images:,} images: {total * 1e3:.1f} ms modelled")
     if options.output is not None:
         write_json(options.output, found)
     if options.markdown is not None:

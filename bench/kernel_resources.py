@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -117,6 +118,12 @@ def seconds_by(compiled: Compiled, place: int) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def _children_seconds() -> float:
+    """Processor time of the processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=list(BUILT_FOR), help="those alone, as setup.py has them")
@@ -124,11 +131,14 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the same as a table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), _children_seconds()
         compiled = compile_kernels(options.architectures, Path(folder))
-        elapsed = time.perf_counter() - begin
+        elapsed, used = time.perf_counter() - begin, _children_seconds() - used
     kernels = {(entry.source, entry.kernel) for entry in compiled.resources}
-    print(f"{len(kernels)} kernels for {', '.join(options.architectures)}: {elapsed:.0f} s, two compilers at a time")
+    print(
+        f"{len(kernels)} kernels for {', '.join(options.architectures)}: {elapsed:.0f} s, two compilers at a time, "
+        f"{used:.0f} s of processor time"
+    )
     for place in (0, 1):
         print("seconds of one:", ", ".join(f"{key} {value:.0f}" for key, value in seconds_by(compiled, place).items()))
     if options.output is not None:
@@ -136,6 +146,7 @@ def main() -> None:
             "command": sys.argv,
             "flags": SETUP.NVCC_FLAGS,
             "elapsed_seconds": elapsed,
+            "processor_seconds": used,
             "seconds_by_source": seconds_by(compiled, 0),
             "seconds_by_architecture": seconds_by(compiled, 1),
             "kernels": [asdict(entry) for entry in compiled.resources],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -321,6 +321,3 @@ def plain(kernel: Kernel, launch: Launch, vectors: int) -> Kinds:
     """Of finish_map's plain_kernel: `vectors` of 8 channels, four of which are a turn."""
     turn = _only([loop for loop in kernel.loops if kernel.count(loop.own, "STG")], "loop of pixels", kernel)
     return times(kernel.kinds(turn.blocks), vectors / 32 / max(1, kernel.count(turn.blocks, "STG")))
-
-
-Count = Callable[[Kernel, Launch], Kinds]

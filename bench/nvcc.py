@@ -79,7 +79,7 @@ class Compiled:
 
     def cubin(self, source: str, architecture: str) -> Path:
         digits = architecture.replace(".", "")
-        found = sorted((self.folder / source).glob(f"*sm_{digits}.cubin"))
+        found = sorted((self.folder / source).glob(f"*_{digits}.cubin"))
         return found[0] if found else self.folder / source / f"{source}.cubin"
 
 

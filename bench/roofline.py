@@ -168,12 +168,11 @@ def page(found: Sequence[Way], paths: int, images: int, picture: str, modelled: 
     header = ["", "MB", "dense, M", "depthwise, M", "operations a byte", "us by bytes", "us by operations",
               f"all, ms: {paths} paths, {images:,} images", "us measured (paths)"]  # fmt: skip
     ours, eager, best = found[2], found[0], found[1]
-    model = (
-        f"By [the model of their machine code](gpu-model.md) these kernels take {modelled * 1e3:.0f} ms for all of it: "
-        "instruction issue binds them, not bytes.\n"
-        if modelled is not None
-        else ""
-    )
+    model = ""
+    if modelled is not None:
+        took = f"{modelled * 1e3:.0f} ms for all of it"
+        model = f"By [the model of their machine code](gpu-model.md) these kernels take {took}:\n"
+        model += "instruction issue binds them, not bytes.\n"
     return _PAGE.format(
         paths=paths,
         images=f"{images:,}",
@@ -205,8 +204,8 @@ take; below {ridge} operations a byte that is bytes.
   reads and writes it for the activation, and reads it in the next convolution.
 - `torch.compile` of each block, the best of PyTorch's ways, has one pass for normalising, activation and residual.
 - These kernels read the block's input and write the depthwise output, read that and write the projection, and read and
-  write that to normalise it with its moments: {fewer_eager} times fewer bytes than eager, {fewer_best} times fewer than
-  compiled blocks. Common prefixes are computed once.
+  write that to normalise it and take its moments: {fewer_eager} times fewer bytes than eager, {fewer_best} times fewer
+  than compiled blocks. Common prefixes are computed once.
 
 {model}
 {picture}
@@ -218,7 +217,7 @@ Lines: what {dram} TB/s and {tensor} TFLOP/s allow. Filled: what the bytes allow
 def draw(found: Sequence[Way], picture: Path) -> None:
     """Operations a second against operations a byte, both logarithmic."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    intensities = [4.0 * 2**step for step in range(9)]
+    intensities = [4.0, TENSOR / DRAM, 1024.0]
     axes.plot(intensities, [min(x * DRAM, TENSOR) / 1e12 for x in intensities], color="black", label="H100")
     for way, colour in zip(found, ("tab:orange", "tab:green", "tab:blue"), strict=True):
         flop = way.dense + way.depthwise
