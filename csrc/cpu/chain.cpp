@@ -83,6 +83,9 @@ class Evaluation final : public ChainEvaluation {
   bool advance(double seconds, const ParallelFor& parallel_for) override {
     parallel_for_ = &parallel_for;
     const double since = now();
+    // One after the other, also those that share an input: few do (of 10 uniform paths of mbv2-7 14 of 205
+    // nodes, all in the first two layers), and threads have even shares of each loop. What is saved together
+    // is waking them, 30 to 60 us a loop: 2% of a call on mini-16 at most, less than 1% on larger images.
     do {
       if (next_step_ < 0) {
         run_stem();

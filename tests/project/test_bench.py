@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from greedynas import get_space
 
 BENCH = Path(__file__).parents[2] / "bench"
 MODULES = ("cases", "child", "evaluate_paths", "growth", "inputs", "job", "make_paths", "measure", "ours", "ways")
-MODULES += ("rank_fidelity",)
+MODULES += ("rank_fidelity", "stages")
 RECORDED = sorted((BENCH / "paths").glob("*.json"))
 
 
@@ -378,17 +377,60 @@ def test_files_of_paths_come_from_a_training_and_a_search(bench, tmp_path):
     assert len(read_paths(tmp_path / "mini-16-population.json", space)) == 4
 
 
+def test_what_binds_a_stage(bench):
+    binding = bench("stages").binding
+    # Multiplications come one after the other, whatever multiplies them; memory is read at the same time.
+    floors = [["bf16 tiles", 2.0], ["fp16 FMA", 3.0], ["memory", 4.0]]
+    assert binding({"seconds": 20.0, "floors": floors}) == ("fp16 FMA", 0.25)
+    assert binding({"seconds": 8.0, "floors": [["fp32 FMA", 2.0], ["fp32 FMA", 1.0], ["memory", 4.0]]}) == (
+        "memory",
+        0.5,
+    )
+
+
+def test_the_table_and_the_file_of_stages(bench, run, monkeypatch, tmp_path):
+    stages = {name: {"seconds": 2e-3, "floors": [["fp32 FMA", 1e-3]]} for name in ("expand_depthwise", "project")}
+    block = {"kernels": "avx2", "images": 16, "side": 56, "in": 32, "hidden": 192, "out": 40, "kernel": 3, "stride": 2}
+    lines = [{"fp32 FMA": 240.0, "memory": 17.5}, {**block, "stages": stages}]
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{json.dumps(line)}'\n" for line in lines))
+    program.chmod(0o755)
+    monkeypatch.setattr(bench("stages"), "compile_program", lambda folder: str(program))
+    ceilings, header, row, *_ = run("stages", "--threads", 3, 1, "--output", tmp_path / "stages.json").splitlines()
+    assert ceilings == "threads 3: 240 GMAC/s fp32 FMA, 17.5 GB/s memory"
+    assert header.split() == ["kernels", "block", "expand_depthwise", "project"]
+    assert " ".join(row.split()) == "avx2 16 of 56x56 32->192->40 k3 s2" + " 2.00 ms 50% fp32 FMA" * 2
+    written = json.loads((tmp_path / "stages.json").read_text())
+    assert [result["threads"] for result in written["results"]] == [3, 1]
+    measured = written["results"][1]["blocks"][0]["stages"]["project"]
+    assert (measured["binding"], measured["share"]) == ("fp32 FMA", 0.5)
+
+
 @pytest.mark.slow
-def test_the_stages_of_a_block_are_measured():
-    done = subprocess.run([sys.executable, BENCH / "stages.py"], capture_output=True, text=True, timeout=600)
+def test_the_stages_of_a_block_are_measured(tmp_path):
+    file = tmp_path / "stages.json"
+    command = [sys.executable, BENCH / "stages.py", "--threads", "1", "2", "--output", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    first, *more = done.stdout.splitlines()
-    assert re.fullmatch(r"one core: \d+ GMAC/s float32 from registers, [\d.]+ GB/s read from memory", first)
-    if more[0].startswith(" "):
-        assert re.fullmatch(r" +\d+ GMAC/s half precision from registers, \d+ GMAC/s bf16 matrix tiles", more.pop(0))
-    assert more.pop(0).startswith("percent of the ceiling: ")
-    kernels = Counter(row.split()[0] for row in more)
-    assert kernels.keys() <= {"portable", "avx2", "avx512", "avx512_bf16", "amx"}
-    assert set(kernels.values()) == {7}
-    # Maps that stay in the cache come faster than memory gives them.
-    assert all(0 < float(share) < 200 for row in more for share in re.findall(r"([\d.]+)%", row))
+    results = json.loads(file.read_text())["results"]
+    assert [result["threads"] for result in results] == [1, 2]
+    for result in results:
+        ceilings = result["ceilings"]
+        assert (
+            {"fp32 FMA", "memory"}
+            <= ceilings.keys()
+            <= {"fp32 FMA", "memory", "fp16 FMA", "bf16 tiles", "bf16 products"}
+        )
+        assert all(rate > 0 for rate in ceilings.values())
+        kernels = Counter(block["kernels"] for block in result["blocks"])
+        assert kernels.keys() <= {"portable", "avx2", "avx512", "avx512_bf16", "amx"}
+        assert set(kernels.values()) == {7}
+        for block in result["blocks"]:
+            assert list(block["stages"]) == ["expand_depthwise", "project", "finish"]
+            for stage in block["stages"].values():
+                assert {name for name, _ in stage["floors"]} <= ceilings.keys()
+                # Maps that stay in the cache come faster than memory gives them.
+                assert 0 < stage["share"] < 2
+    lines = done.stdout.splitlines()
+    assert len(lines) == sum(2 + len(result["blocks"]) for result in results)
+    assert lines[0].startswith("threads 1: ")
