@@ -1,8 +1,8 @@
 """Fast evaluation of the paths of a supernet, for PyTorch.
 
 `evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images; `ops` are the operations
-below it, `reference` the same in plain torch. `CandidatePool`, the samplers and `ExploitSchedule` are what greedy
-training draws its paths with. `python -m greedynas_ext.info` says what this build can do.
+below it, `reference` the same in plain torch. `PathFilter` says which paths a training loop is to train next, with a
+`CandidatePool`, the samplers and an `ExploitSchedule`. `python -m greedynas_ext.info` says what this build can do.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +11,7 @@ from greedynas_ext import ops, reference
 from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import evaluate_paths
 from greedynas_ext.fused import release_memory
+from greedynas_ext.path_filter import FilterRound, PathFilter
 from greedynas_ext.plan import EvaluationPlan
 from greedynas_ext.pool import CandidatePool
 from greedynas_ext.prepared import PreparedEvaluation, prepare_paths
@@ -30,8 +31,10 @@ __all__ = [
     "EvaluationPlan",
     "ExploitSchedule",
     "FairSampler",
+    "FilterRound",
     "GreedySampler",
     "PathEvaluation",
+    "PathFilter",
     "PreparedEvaluation",
     "StageProfile",
     "SupernetLike",
