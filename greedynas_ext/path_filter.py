@@ -294,8 +294,8 @@ def check_stop_interval(stop_interval: Any, m: int, pool_size: int) -> int:
     rounds = check_count("stop_interval", stop_interval, 1)
     if rounds * m <= pool_size:
         raise ValueError(
-            f"stop_interval: expected more than pool_size / m = {pool_size}/{m} rounds, in which the whole pool could "
-            f"be new, got {rounds}; with fewer the pool looks steady at once"
+            f"stop_interval: expected more than {pool_size}/{m} rounds (pool size over paths drawn), in which the "
+            f"whole pool could be new, got {rounds}; with fewer the pool looks steady at once"
         )
     return rounds
 

@@ -364,7 +364,7 @@ def test_a_state_of_other_arguments_is_refused(net: Chain) -> None:
         (
             {"stop_interval": 1},
             ValueError,
-            "stop_interval: expected more than pool_size / m = 7/6 rounds, .* got 1",
+            r"stop_interval: expected more than 7/6 rounds \(pool size over paths drawn\), .* got 1;",
         ),
         ({"bn": "none"}, ValueError, "bn: expected one of 'batch', 'running', 'recalibrated', got 'none'"),
         ({"calibration": batch()[0]}, ValueError, "calibration: expected images with bn='recalibrated' and only then"),
