@@ -2,8 +2,8 @@
 
 `evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images, and `adapt` makes what it
 takes of a supernet that already exists; `ops` are the operations below it, `reference` the same in plain torch.
-`CandidatePool`, the samplers and `ExploitSchedule` are what greedy training draws its paths with.
-`python -m greedynas_ext.info` says what this build can do.
+`PathFilter` says which paths a training loop is to train next, with a `CandidatePool`, the samplers and an
+`ExploitSchedule`. `python -m greedynas_ext.info` says what this build can do.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ from greedynas_ext.adapted import AdaptedSupernet
 from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import evaluate_paths
 from greedynas_ext.fused import release_memory
+from greedynas_ext.path_filter import FilterRound, PathFilter
 from greedynas_ext.plan import EvaluationPlan
 from greedynas_ext.pool import CandidatePool
 from greedynas_ext.prepared import PreparedEvaluation, prepare_paths
@@ -34,8 +35,10 @@ __all__ = [
     "EvaluationPlan",
     "ExploitSchedule",
     "FairSampler",
+    "FilterRound",
     "GreedySampler",
     "PathEvaluation",
+    "PathFilter",
     "PreparedEvaluation",
     "StageProfile",
     "SupernetLike",

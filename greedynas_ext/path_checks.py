@@ -51,7 +51,7 @@ def check_path(name: str, path: Any, length: int | None, num_choices: Sequence[i
     return indices
 
 
-def check_paths(paths: Any, length: int | None, num_choices: Sequence[int] | None) -> list[PathTuple]:
+def check_paths(name: str, paths: Any, length: int | None, num_choices: Sequence[int] | None) -> list[PathTuple]:
     """Returns paths, int64 [m, L] or nested sequences of ints, as tuples of one length; see `check_path`.
 
     Raises:
@@ -60,13 +60,13 @@ def check_paths(paths: Any, length: int | None, num_choices: Sequence[int] | Non
     """
     rows: Iterable[Any] = paths
     if isinstance(paths, torch.Tensor):
-        _check_tensor("paths", paths, 2, length)
+        _check_tensor(name, paths, 2, length)
         rows = paths.tolist()
     elif isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
-        raise TypeError(f"paths: expected int64 [m, L] or nested sequences of ints, got {describe(paths)}")
+        raise TypeError(f"{name}: expected int64 [m, L] or nested sequences of ints, got {describe(paths)}")
     checked: list[PathTuple] = []
     for i, row in enumerate(rows):
-        checked.append(check_path(f"paths[{i}]", row, length, num_choices))
+        checked.append(check_path(f"{name}[{i}]", row, length, num_choices))
         length = len(checked[0])
     return checked
 

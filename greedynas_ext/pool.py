@@ -140,7 +140,7 @@ class CandidatePool:
             TypeError: an argument is of the wrong type.
             ValueError: an argument has the wrong shape, or a path an index out of range or a cost of NaN.
         """
-        checked = check_paths(paths, self._num_layers, self._num_choices)
+        checked = check_paths("paths", paths, self._num_layers, self._num_choices)
         scores = check_losses(losses)
         if len(checked) != len(scores):
             raise ValueError(f"losses: expected one for each of {len(checked)} paths, got {len(scores)}")

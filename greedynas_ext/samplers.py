@@ -7,6 +7,7 @@ greedy sampler, the pool repeat it exactly.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,20 @@ from greedynas_ext.pool import CandidatePool
 PathsCost = Callable[[torch.Tensor], Sequence[float] | torch.Tensor]
 
 _MAX_ROUND = 4096  # paths drawn at once while the sampler looks for some within the budget
+
+
+def check_costs(costs: Any, m: int) -> torch.Tensor:
+    """Returns what a `PathsCost` gave for m paths as float64 [m], without NaN.
+
+    Raises:
+        TypeError, ValueError: it is no m numbers.
+    """
+    checked = torch.as_tensor(costs, dtype=torch.float64, device="cpu")
+    if checked.shape != (m,):
+        raise ValueError(f"cost: expected it to return {m} costs for {m} paths, got {list(checked.shape)}")
+    if checked.isnan().any():
+        raise ValueError("cost: expected numbers, got nan")
+    return checked
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class UniformSampler:
                     f"the cheapest cost {cheapest:g}"
                 )
             paths = self._draw(min(size, limit - drawn), generator)
-            costs = self._check_costs(cost(paths), len(paths))
+            costs = check_costs(cost(paths), len(paths))
             within = paths[costs <= max_cost]
             kept.append(within)
             found += len(within)
@@ -116,15 +131,6 @@ class UniformSampler:
             cheapest = min(cheapest, costs.min().item())
             size = max(m - found, min(2 * size, _MAX_ROUND))
         return torch.cat(kept)[:m]
-
-    @staticmethod
-    def _check_costs(costs: Sequence[float] | torch.Tensor, m: int) -> torch.Tensor:
-        checked = torch.as_tensor(costs, dtype=torch.float64, device="cpu")
-        if checked.shape != (m,):
-            raise ValueError(f"cost: expected it to return {m} costs for {m} paths, got {list(checked.shape)}")
-        if checked.isnan().any():
-            raise ValueError("cost: expected numbers, got nan")
-        return checked
 
 
 class FairSampler:

@@ -11,6 +11,7 @@ import torch
 
 from greedynas.config import EvaluateConfig, RetrainConfig, SearchConfig, TrainConfig, check_types
 from greedynas_ext.checks import check_count, check_probability
+from greedynas_ext.path_filter import check_stop_interval
 
 _LARGEST_SEED = 2**32 - 1  # what every generator takes, numpy's too
 
@@ -54,12 +55,8 @@ def _check_greedy(config: TrainConfig) -> None:
         raise ValueError(f"exploit_start: expected at most exploit_end={config.exploit_end}, got {start}")
     if config.stop_threshold is not None:
         _check_fraction("stop_threshold", config.stop_threshold)
-    if config.stop_interval is not None and config.stop_interval * config.sampled_paths <= config.pool_size:
-        raise ValueError(
-            f"stop_interval: expected more than pool_size / sampled_paths = {config.pool_size}/{config.sampled_paths} "
-            f"rounds, in which the whole pool could be new, got {config.stop_interval}; with fewer the pool looks "
-            f"steady at once"
-        )
+    if config.stop_interval is not None:
+        check_stop_interval(config.stop_interval, config.sampled_paths, config.pool_size)
 
 
 def check_search(config: SearchConfig) -> None:

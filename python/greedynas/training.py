@@ -22,10 +22,7 @@ from greedynas.progress import Reporter
 from greedynas.runs import RunFolder, Task, load_task
 from greedynas.storage import save_tensors
 from greedynas.theory import PAPER_COST_RATIO, corrected_optimizations
-from greedynas_ext import evaluate_paths
-from greedynas_ext.pool import CandidatePool
-from greedynas_ext.samplers import FairSampler, GreedySampler, UniformSampler
-from greedynas_ext.schedules import ExploitSchedule
+from greedynas_ext import CandidatePool, ExploitSchedule, FairSampler, PathFilter
 from greedynas_ext.strict_json import write_json
 
 
@@ -67,34 +64,37 @@ class SupernetTrainer:
     def __init__(self, config: TrainConfig, task: Task) -> None:
         self.config, self.task = config, task
         check_training(config)
-        space = task.space
-        num_choices = [space.num_operations] * space.num_layers
-        budget = {"cost": task.macs_of, "max_cost": config.max_macs, "reject": config.draw_within_budget}
         self.supernet = task.new_supernet(config.seed).train()
-        self.pool = CandidatePool(
-            config.pool_size,
-            max_cost=config.max_macs,
-            cost=lambda path: task.macs_of(torch.tensor([path]))[0],
-            num_choices=num_choices,
-        )
-        self._uniform = UniformSampler(num_choices, **budget)  # type: ignore[arg-type]
-        with named_as_options(max_cost="max_macs"):
-            self._uniform.sample(1, torch.Generator())  # a budget that leaves no path shows before anything is written
-        self._greedy = GreedySampler(num_choices, self.pool, **budget)  # type: ignore[arg-type]
-        self._fair = FairSampler(num_choices)
-        self.schedule = ExploitSchedule(
+        self.generator = torch.Generator().manual_seed(config.seed)
+        greedy = config.sampler == "greedy"  # else all is warm-up, and what filtering takes is not looked at
+        schedule = ExploitSchedule(
             config.schedule,
             start=config.exploit_start,
             end=config.exploit_end,
-            warmup_steps=config.warmup_iterations if config.sampler == "greedy" else 0,
+            warmup_steps=config.warmup_iterations if greedy else config.iterations,
             total_steps=config.iterations,
         )
+        with named_as_options(max_cost="max_macs"):  # a budget that leaves no path shows before anything is written
+            self.filter = PathFilter(
+                self.supernet,
+                max(config.sampled_paths, config.kept_paths),
+                config.kept_paths,
+                pool_size=config.pool_size,
+                schedule=schedule,
+                generator=self.generator,
+                max_cost=config.max_macs,
+                cost=task.macs_of,
+                reject=config.draw_within_budget,
+                stop_threshold=config.stop_threshold,
+                stop_interval=config.stop_interval if greedy else None,
+                max_memory=config.max_memory,
+            )
+        self._fair = FairSampler([task.space.num_operations] * task.space.num_layers)
         self._batches = BatchStream(task.data.train, config.batch_size, seed=config.seed, augment=config.augment)
         self._validation = None
         if config.sampler == "greedy":
             with named_as_options(size="filter_images"):
                 self._validation = ValidationSampler(task.data.validation, config.filter_images, seed=config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.SGD(
             self.supernet.parameters(),
             lr=config.learning_rate,
@@ -104,10 +104,12 @@ class SupernetTrainer:
         )
         self.counts = Counts()
         self.iteration = 0
-        self.turnover: float | None = None  # at the last look at the pool
-        self.stopped_early = False
         self.pool_draws: Counter[tuple[int, ...]] = Counter()  # how often each path was drawn from the pool
-        self._compared_pool: frozenset[tuple[int, ...]] = frozenset()  # P_t of the stopping rule
+
+    @property
+    def pool(self) -> CandidatePool:
+        """The candidate pool; empty but with the greedy sampler."""
+        return self.filter.pool
 
     @property
     def steps_per_iteration(self) -> int:
@@ -120,14 +122,9 @@ class SupernetTrainer:
         return self.config.iterations * self.steps_per_iteration
 
     @property
-    def stop_interval(self) -> int:
-        """t: rounds between two looks at the pool."""
-        return self.config.stop_interval or math.ceil(3 * self.config.pool_size / self.config.sampled_paths)
-
-    @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.stopped_early or self.iteration >= self.config.iterations
+        return self.filter.steady or self.iteration >= self.config.iterations
 
     def run_iteration(self) -> dict[str, Any]:
         """One round; returns its record."""
@@ -136,23 +133,19 @@ class SupernetTrainer:
             kept = self._fair.sample(self.generator)
             losses = self._fair_step(kept)
         else:
-            if self.config.sampler == "uniform" or self.schedule.in_warmup(self.iteration):
-                kept = self._uniform.sample(self.config.kept_paths, self.generator)
-            else:
-                kept = self._filter(record)
+            kept = self._filter(record)
             losses = [self._step(path) for path in kept]
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(
                 f"training: the loss became {losses} in round {self.iteration}; a lower learning_rate may help"
             )
         self.iteration += 1
-        self._look_at_pool()
         record.update(
             trained_paths=kept.tolist(),
             training_loss=sum(losses) / len(losses),
             learning_rate=self.learning_rate(self.counts.optimizer_steps - 1),
             pool=len(self.pool),
-            turnover=self.turnover,
+            turnover=self.filter.turnover,
             optimizer_steps=self.counts.optimizer_steps,
             images_trained=self.counts.images_trained,
             images_evaluated=self.counts.images_evaluated,
@@ -162,29 +155,29 @@ class SupernetTrainer:
         return record
 
     def _filter(self, record: dict[str, Any]) -> Tensor:
-        """Multi-path sampling with rejection: the k best of m drawn paths, int64 [k, L]."""
-        assert self._validation is not None
+        """The paths to train in this round, int64 [k, L]; writes down what was evaluated."""
         since = time.perf_counter()
-        probability = self.schedule(self.iteration)
-        drawn = self._greedy.sample(self.config.sampled_paths, probability, self.generator)
-        images, targets = self._validation.random_subset(self.iteration)
-        images = images.contiguous(memory_format=torch.channels_last)
-        evaluation = evaluate_paths(
-            self.supernet, drawn.paths, images, targets, k=self.config.kept_paths, max_memory=self.config.max_memory
-        )
-        assert evaluation.top_k is not None
-        self.pool_draws.update(tuple(path) for path in drawn.paths[drawn.from_pool].tolist())
-        self.pool.update(drawn.paths, evaluation.losses)
-        self.counts.images_evaluated += len(drawn.paths) * len(images)
+        kept = self.filter.draw(self._validation_batch)
+        last = self.filter.last
+        if last is None:
+            return kept
+        paths, from_pool = last.drawn.paths, last.drawn.from_pool
+        self.pool_draws.update(tuple(path) for path in paths[from_pool].tolist())
+        self.counts.images_evaluated += len(paths) * self.config.filter_images
         self.counts.seconds_filtering += time.perf_counter() - since
         record.update(
-            exploit_probability=probability,
-            from_pool=int(drawn.from_pool.sum()),
-            drawn_paths=drawn.paths.tolist(),
-            filter_losses=evaluation.losses.tolist(),
-            shared_fraction=evaluation.plan.shared_fraction,
+            exploit_probability=last.exploit_probability,
+            from_pool=int(from_pool.sum()),
+            drawn_paths=paths.tolist(),
+            filter_losses=last.evaluation.losses.tolist(),
+            shared_fraction=last.evaluation.plan.shared_fraction,
         )
-        return drawn.paths[evaluation.top_k]
+        return kept
+
+    def _validation_batch(self) -> tuple[Tensor, Tensor]:
+        assert self._validation is not None
+        images, targets = self._validation.random_subset(self.iteration)
+        return images.contiguous(memory_format=torch.channels_last), targets
 
     def _step(self, path: Tensor) -> float:
         """One optimizer step of one path on the next training batch; returns the loss."""
@@ -228,27 +221,17 @@ class SupernetTrainer:
         self.counts.seconds_training += time.perf_counter() - since
         return losses
 
-    def _look_at_pool(self) -> None:
-        """The stopping rule: every t rounds past the warm-up, stop if at most alpha of a full pool is new."""
-        past_warmup = self.iteration - self.config.warmup_iterations
-        if self.config.sampler != "greedy" or past_warmup <= 0 or past_warmup % self.stop_interval:
-            return
-        if self._compared_pool:
-            self.turnover = self.pool.turnover(self._compared_pool)
-            threshold = self.config.stop_threshold
-            self.stopped_early = threshold is not None and self.pool.full and self.turnover <= threshold
-        self._compared_pool = self.pool.snapshot() if self.pool.full else frozenset()
-
     def save(self, folder: RunFolder, records: int) -> None:
         """Writes a checkpoint; `records` of the metrics belong to it."""
+        filtering = self.filter.state_dict()
         state = {
             "iteration": self.iteration,
             "records": records,
             "counts": vars(self.counts),
-            "turnover": self.turnover,
-            "stopped_early": self.stopped_early,
-            "pool": self.pool.to_json(),
-            "compared_pool": sorted(self._compared_pool),
+            "turnover": filtering["turnover"],
+            "stopped_early": filtering["steady"],
+            "pool": filtering["pool"],
+            "compared_pool": filtering["compared_pool"],
             "pool_draws": sorted(self.pool_draws.items()),
         }
         save_checkpoint(folder.checkpoint, {"supernet": self.supernet}, self.optimizer, self.generator, state)
@@ -259,12 +242,10 @@ class SupernetTrainer:
         try:
             self.iteration = int(state["iteration"])
             self.counts = Counts(**state["counts"])
-            self.turnover, self.stopped_early = state["turnover"], bool(state["stopped_early"])
-            self.pool = CandidatePool.from_json(
-                state["pool"], cost=lambda path: self.task.macs_of(torch.tensor([path]))[0]
-            )
-            self._greedy.pool = self.pool
-            self._compared_pool = frozenset(map(tuple, state["compared_pool"]))
+            filtering = {key: state[key] for key in ("turnover", "pool", "compared_pool")}
+            # The rest is as it stands: the generator has been restored.
+            filtering |= {"step": self.iteration, "steady": state["stopped_early"]}
+            self.filter.load_state_dict(self.filter.state_dict() | filtering)
             self.pool_draws = Counter({tuple(path): int(draws) for path, draws in state["pool_draws"]})
             return int(state["records"])
         except (KeyError, TypeError, ValueError) as error:
@@ -281,9 +262,9 @@ class SupernetTrainer:
             "iterations": self.iteration,
             "planned_iterations": config.iterations,
             "planned_optimizer_steps": self.planned_steps,
-            "stopped_early": self.stopped_early and self.iteration < config.iterations,
-            "stop_interval": self.stop_interval,
-            "turnover": self.turnover,
+            "stopped_early": self.filter.steady and self.iteration < config.iterations,
+            "stop_interval": config.stop_interval or self.filter.stop_interval,
+            "turnover": self.filter.turnover,
             "final_learning_rate": self.learning_rate(max(0, counts.optimizer_steps - 1)),
             **vars(counts),
             "cost_ratio": {"measured": counts.cost_ratio, "poster": PAPER_COST_RATIO},

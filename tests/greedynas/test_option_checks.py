@@ -51,7 +51,7 @@ def training(**options):
         ({"exploit_start": -0.1}, r"^exploit_start: expected a probability"),
         ({"exploit_start": 0.9}, r"^exploit_start: expected at most exploit_end=0\.8, got 0\.9"),
         ({"stop_threshold": 1.0}, r"^stop_threshold: expected a value in \[0, 1\), got 1\.0"),
-        ({"stop_interval": 20}, r"^stop_interval: expected more than pool_size / sampled_paths = 200/10 rounds.*20"),
+        ({"stop_interval": 20}, r"^stop_interval: expected more than 200/10 rounds.*20"),
         ({"stop_interval": 0}, r"^stop_interval: expected at least 1"),
         ({"learning_rate": -0.1}, r"^learning_rate: expected a finite number of at least 0, got -0\.1"),
         ({"learning_rate": float("nan")}, r"^learning_rate: expected a finite number"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny import MEDIAN_MACS, SPACE, train_config
 
-import greedynas.training
+import greedynas_ext.path_filter
 from greedynas.data import BatchStream, ValidationSampler
 from greedynas.metrics_log import MetricsLog
 from greedynas.storage import load_tensors
@@ -106,13 +106,13 @@ def test_the_filter_keeps_the_k_of_lowest_loss(make, tiny_task):
 
 def test_each_filter_has_a_validation_batch_of_its_own(make, tiny_task, monkeypatch):
     seen = []
-    original = greedynas.training.evaluate_paths
+    original = greedynas_ext.path_filter.evaluate_paths
 
     def spy(supernet, paths, images, targets, **options):
         seen.append((images.clone(), targets.clone(), options))
         return original(supernet, paths, images, targets, **options)
 
-    monkeypatch.setattr(greedynas.training, "evaluate_paths", spy)
+    monkeypatch.setattr(greedynas_ext.path_filter, "evaluate_paths", spy)
     run(make(iterations=6, warmup_iterations=3))
     assert len(seen) == 3  # the warm-up evaluates nothing
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -206,7 +206,7 @@ def test_the_warm_up_is_uniform_and_evaluates_nothing(make, monkeypatch):
     def forbidden(*arguments, **options):
         raise AssertionError("evaluated during the warm-up")
 
-    monkeypatch.setattr(greedynas.training, "evaluate_paths", forbidden)
+    monkeypatch.setattr(greedynas_ext.path_filter, "evaluate_paths", forbidden)
     trainer = make(iterations=5, warmup_iterations=5)
     generator = torch.Generator().manual_seed(trainer.config.seed)
     uniform = UniformSampler([3] * 4)
@@ -232,8 +232,8 @@ def test_counts(make):
 def test_exploit_probability_follows_the_schedule(schedule, make, monkeypatch):
     trainer = make(schedule=schedule, iterations=11, warmup_iterations=2, exploit_start=0.1, exploit_end=0.9)
     asked = []
-    sample = trainer._greedy.sample
-    monkeypatch.setattr(trainer._greedy, "sample", lambda m, p, g: asked.append(p) or sample(m, p, g))
+    sample = trainer.filter._greedy.sample
+    monkeypatch.setattr(trainer.filter._greedy, "sample", lambda m, p, g: asked.append(p) or sample(m, p, g))
     records = run(trainer)[2:]
     for number, record in enumerate(records):
         t = number / 8
@@ -320,13 +320,13 @@ def fast(make, monkeypatch):
     generator = torch.Generator().manual_seed(5)
     table = dict(zip(ALL_PATHS, torch.rand(len(ALL_PATHS), generator=generator).tolist(), strict=True))
 
-    def evaluate(supernet, paths, images, targets, *, k, max_memory):
+    def evaluate(supernet, paths, images, targets, *, k, **options):
         losses = torch.tensor([table[tuple(path)] for path in paths.tolist()])
         return SimpleNamespace(
             losses=losses, top_k=losses.argsort(stable=True)[:k], plan=SimpleNamespace(shared_fraction=0.0)
         )
 
-    monkeypatch.setattr(greedynas.training, "evaluate_paths", evaluate)
+    monkeypatch.setattr(greedynas_ext.path_filter, "evaluate_paths", evaluate)
 
     def build(**options):
         settings = {"iterations": 120, "warmup_iterations": 10, "exploit_end": 0.3, "pool_size": 14, "stop_interval": 3}
@@ -393,7 +393,7 @@ def test_what_the_poster_prints_would_stop_elsewhere(fast):
     # π = |P_t ∩ P| / |P| <= α taken literally stops when the pool has changed, not when it is steady.
     trainer = fast(stop_threshold=0.0)
     records = run(trainer)
-    assert trainer.stopped_early
+    assert trainer.filter.steady
     assert records[-1]["turnover"] == 0.0
     assert all(record["turnover"] != 0.0 for record in records[:-1])
 
@@ -401,7 +401,7 @@ def test_what_the_poster_prints_would_stop_elsewhere(fast):
 def test_does_not_stop_between_looks(fast):
     trainer = fast(stop_threshold=0.5, stop_interval=7)
     run(trainer)
-    assert trainer.stopped_early
+    assert trainer.filter.steady
     assert (trainer.iteration - 10) % 7 == 0
 
 
@@ -412,14 +412,14 @@ def test_does_not_stop_while_the_pool_is_not_full(fast):
     run(trainer)
     assert 5 <= len(trainer.pool) < 30
     assert trainer.iteration == 120
-    assert trainer.turnover is None
+    assert trainer.filter.turnover is None
 
 
 def test_never_stops_without_a_threshold(fast):
     trainer = fast(stop_threshold=None, exploit_start=0.9, exploit_end=0.9)
     run(trainer)
     assert trainer.iteration == 120
-    assert trainer.turnover == 0.0
+    assert trainer.filter.turnover == 0.0
 
 
 def test_does_not_stop_in_the_warm_up(fast):
@@ -429,9 +429,9 @@ def test_does_not_stop_in_the_warm_up(fast):
 
 
 def test_the_default_interval_could_renew_the_pool_three_times(make):
-    assert make(stop_interval=None, pool_size=8, sampled_paths=6).stop_interval == 4
-    assert make(stop_interval=None, pool_size=10, sampled_paths=6).stop_interval == 5
-    assert make(stop_interval=None, pool_size=1000, sampled_paths=10, kept_paths=5).stop_interval == 300
+    assert make(stop_interval=None, pool_size=8, sampled_paths=6).filter.stop_interval == 4
+    assert make(stop_interval=None, pool_size=10, sampled_paths=6).filter.stop_interval == 5
+    assert make(stop_interval=None, pool_size=1000, sampled_paths=10, kept_paths=5).filter.stop_interval == 300
 
 
 # Learning rate, divergence
