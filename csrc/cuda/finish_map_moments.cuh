@@ -115,18 +115,19 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
     }
     float x[8];
     unpack(x, words);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[8 * thread + i] = x[i];
+    auto* sample = reinterpret_cast<float4*>(values) + 2 * thread;  // single floats would meet in the banks
+    sample[0] = float4{x[0], x[1], x[2], x[3]};
+    sample[1] = float4{x[4], x[5], x[6], x[7]};
   }
   __syncthreads();
   if (thread < channels) pilots[thread] = pilot_of(values + thread, channels);
   __syncthreads();
   unsigned pilot[4] = {};
   if (active) {
+    float of_vector[8];
+    load8(of_vector, pilots + 8 * local_vector);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pilot[i] = pack_bf16(pilots[8 * local_vector + 2 * i], pilots[8 * local_vector + 2 * i + 1]);
-    }
+    for (int i = 0; i < 4; ++i) pilot[i] = pack_bf16(of_vector[2 * i], of_vector[2 * i + 1]);
   }
 
   const int my_tile = of_group / 32;
