@@ -58,6 +58,7 @@ gpu-check: setup
 	$(BIN)/python bench/gpu_check.py --output gpu-check.json
 
 emulate-report: setup
+	$(BIN)/python bench/emulate_report.py
 	$(BIN)/python bench/gpu_model.py --output bench/results/emulated/modelled.json --markdown docs/gpu-model.md
 	$(BIN)/python bench/roofline.py
 
