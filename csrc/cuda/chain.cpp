@@ -439,17 +439,17 @@ void Evaluation<T>::run_loss(const std::vector<int32_t>& leaves) {
 
 template <typename T>
 const char* Evaluation<T>::kernels() const {
-  return std::is_same_v<T, BFloat16> ? "CUDA, bf16" : "CUDA, fp16";
+  return std::is_same_v<T, BFloat16> ? "CUDA, bf16" : std::is_same_v<T, Half> ? "CUDA, fp16" : "CUDA, fp32";
 }
 
 std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision) {
   switch (precision) {
+    case Precision::kFloat32:
+      return std::make_unique<Evaluation<float>>(source);
     case Precision::kBFloat16:
       return std::make_unique<Evaluation<BFloat16>>(source);
-    case Precision::kHalf:
-      return std::make_unique<Evaluation<Half>>(source);
     default:
-      throw std::invalid_argument("precision: expected bf16 or fp16");
+      return std::make_unique<Evaluation<Half>>(source);
   }
 }
 

@@ -122,6 +122,7 @@ def test_strided_with_known_statistics(cuda, activation, with_residual):
     check_mapped(cuda, conv.launch, conv.expected, conv.magnitude, activation, with_residual=with_residual)
 
 
+@of_all
 def test_strided_group(cuda):
     g = torch.Generator().manual_seed(2)
     convs = [Strided(cuda, g, 2, 9, 20, in_channels, 24, 2) for in_channels in (16, 72, 8)]
