@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 
 # Where no GPU says for which: all that the kernels can run on.
-ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-warn-spills"]
 
 

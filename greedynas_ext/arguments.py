@@ -173,6 +173,16 @@ def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """`precision` is one that is computed on `device`, the supernet's."""
+    check_one_of("precision", precision, (None, "fp32", "bf16", "fp16"))
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(
+            f"precision: expected None, 'fp32' or 'bf16' for a supernet on {device} ('fp16' is computed on GPUs), got "
+            f"'fp16'"
+        )
+
+
 def check_fraction(name: str, value: Any) -> None:
     """`value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real):

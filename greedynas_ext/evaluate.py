@@ -55,7 +55,7 @@ def evaluate_paths(
     bn: Literal["batch", "running", "recalibrated"] = "batch",
     calibration: Tensor | None = None,
     label_smoothing: float = 0.0,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
     max_memory: int | None = None,
     micro_batch: int | None = None,
     per_image: bool = False,
@@ -64,12 +64,12 @@ def evaluate_paths(
 ) -> PathEvaluation:
     """Computes the loss of each of m paths of a supernet on the same images, sharing what the paths share.
 
-    Activations after a layer, and batch statistics too, depend on the choices up to it alone, so each unique prefix
-    of the paths is computed once and the result is that of a loop over the paths, without gradients, dropout and
-    drop-path off, batch normalisations by the policy `bn`. On a CPU, and in bf16 on a GPU, where stem, operations and
-    head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with
-    squeeze-excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate
-    them; anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
+    Activations after a layer, and batch statistics too, depend on the choices up to it alone, so each unique prefix of
+    the paths is computed once and the result is that of a loop over the paths, without gradients, dropout and drop-path
+    off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
+    and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
+    excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
+    anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
     forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
@@ -94,7 +94,11 @@ def evaluate_paths(
         precision: None follows the supernet's dtype and an active autocast; "fp32" does the arithmetic on weights in
             float32 with autocast off; "bf16" rounds activations and weights to bfloat16 (modules: under bfloat16
             autocast) and sums in float32; fused, the depthwise convolution is in half precision on a GPU and where
-            there are matrix tiles (AMX, AVX512-FP16), and on a CPU without bfloat16 products it is "fp32".
+            there are matrix tiles (AMX, AVX512-FP16), and on a CPU without bfloat16 products it is "fp32"; "fp16"
+            rounds to half precision instead (modules: under float16 autocast) and needs a supernet on a GPU. Fused on
+            a GPU "bf16" needs compute capability 8.0, "fp32" (float32 multiply-adds, no TF32) and "fp16" 7.5. Fused,
+            weights of any scale keep their digits in half precision, since BatchNorm takes away the powers of two by
+            which they are multiplied; activations above 65504 are infinite there.
         max_memory: bytes for activations and working memory. Layer by layer is used where it fits, depth-first
             elsewhere; where that does not fit either, images are split where the statistics allow it (not where
             those of the batch are used), or ValueError is raised. None: depth-first on a CPU; on a GPU half of what is
@@ -120,12 +124,13 @@ def evaluate_paths(
     checked_paths = arguments.check_paths(paths, chain)
     arguments.check_top_k(k, len(checked_paths))
     arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
-    arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
     arguments.check_positive("max_memory", max_memory)
     arguments.check_positive("micro_batch", micro_batch)
     arguments.check_fraction("label_smoothing", label_smoothing)
     modules = chain.modules_of(checked_paths)
     device, dtype = _device_and_dtype(modules)
+    where = device or torch.device("cpu")
+    arguments.check_precision(precision, where)
     if (calibration is not None) != (bn == "recalibrated"):
         came = "None" if calibration is None else "a value"
         raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
@@ -134,7 +139,6 @@ def evaluate_paths(
 
     trie = Trie(checked_paths)
     engine: FusedEngine | ModuleEngine
-    where = device or torch.device("cpu")
     kind = fused_precision(dtype, precision, where.type)
     described = _description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
     if isinstance(described, str):
@@ -191,7 +195,7 @@ def _description(
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
     if device.type == "cuda" and not isinstance(described, str):
-        return unsupported(described, device) or described
+        return unsupported(described, device, kind) or described
     return described
 
 

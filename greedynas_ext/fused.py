@@ -32,7 +32,8 @@ from greedynas_ext.runner import StageProfile
 OnScores: TypeAlias = Callable[[Sequence[int], Tensor, Tensor], None]
 
 _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}  # of images and weights handed over
+# Of images and weights handed over.
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32}
 
 
 class Rows:
@@ -279,13 +280,16 @@ class FusedEngine:
 
 
 def fused_precision(dtype: torch.dtype | None, precision: str | None, device: str) -> str:
-    """In what the fused engine computes a supernet of `dtype`: "fp64", "fp32", "bf16", or why it does not."""
+    """In what the fused engine computes a supernet of `dtype`: "fp64", "fp32", "bf16", "fp16", or why it does not."""
     if precision is not None:
         return precision
+    halves: dict[torch.dtype | None, str] = {torch.bfloat16: "bf16"}
+    if device == "cuda":
+        halves[torch.float16] = "fp16"
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return "bf16" if dtype == torch.bfloat16 else f"autocast to {dtype} is not computed"
-    known: dict[torch.dtype | None, str] = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+        return halves.get(dtype, f"autocast to {dtype} is not computed")
+    known = {torch.float64: "fp64", torch.float32: "fp32", **halves}
     return known.get(dtype, f"a supernet of {dtype} is not computed")
 
 
@@ -313,11 +317,16 @@ def cuda_refused(precision: str, device: torch.device) -> str | None:
     """Why the CUDA kernels are not used."""
     if not _library.cuda_available():
         return "greedynas_ext was built without CUDA kernels"
-    if precision != "bf16":
-        return f"precision {precision} (the CUDA kernels compute in bf16: precision='bf16')"
+    if precision not in ("fp32", "bf16", "fp16"):
+        return f"precision {precision} (the CUDA kernels compute in fp32, bf16 and fp16: precision='fp32')"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"a GPU of compute capability {capability[0]}.{capability[1]} (the CUDA kernels need 8.0)"
+    needed = (8, 0) if precision == "bf16" else (7, 5)
+    if capability < needed:
+        lower = "; fp32 and fp16 need 7.5" if precision == "bf16" else ""
+        return (
+            f"{precision} on a GPU of compute capability {capability[0]}.{capability[1]} (the CUDA kernels need "
+            f"{needed[0]}.{needed[1]} for it{lower})"
+        )
     return None
 
 

@@ -19,6 +19,7 @@ from greedynas_ext.memory import MemoryEstimate, estimate_memory
 from greedynas_ext.plan import Trie
 from greedynas_ext.runner import Profile, Runner, StageProfile
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOGITS_BYTES = 64 << 20  # logits are gathered up to this size before their loss is computed
 
 
@@ -157,7 +158,7 @@ class ModuleEngine:
 
     def _cast(self, images: Tensor) -> Tensor:
         dtype = self._dtype or images.dtype
-        if self._precision == "fp32" or (self._precision == "bf16" and dtype != torch.bfloat16):
+        if self._precision is not None and dtype != _AUTOCAST.get(self._precision):
             dtype = torch.float32
         return images.to(dtype)
 
@@ -205,25 +206,23 @@ class _LogitsGatherer:
 
 
 def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:
-    """Which arguments of arithmetic on weights are cast, and to what; autocast does the rest for bf16."""
-    if precision == "fp32":
-        return torch.float32, frozenset({torch.bfloat16, torch.float16, torch.float64})
-    if precision == "bf16":
-        return torch.float32, frozenset({torch.float16, torch.float64})
-    return None, frozenset()
+    """Which arguments of arithmetic on weights are cast, and to what; autocast does the rest for bf16 and fp16."""
+    if precision is None:
+        return None, frozenset()
+    return torch.float32, frozenset({torch.bfloat16, torch.float16, torch.float64}) - {_AUTOCAST.get(precision)}
 
 
 def _autocast(device: torch.device, precision: str | None) -> contextlib.AbstractContextManager[Any]:
     """The autocast state for `precision`.
 
-    Weights that autocast keeps as bfloat16 outlive the operation that cast them, so one kept without gradients would
+    Weights that autocast keeps rounded outlive the operation that cast them, so one kept without gradients would
     be found by a training step in the same autocast region: nothing is kept.
     """
     active = torch.is_autocast_enabled(device.type)
     if precision == "fp32":
         return torch.autocast(device.type, enabled=False) if active else contextlib.nullcontext()
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    if precision in _AUTOCAST:
+        return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=False)
     if active:
         dtype = torch.get_autocast_dtype(device.type)
         return torch.autocast(device.type, dtype=dtype, cache_enabled=False)

@@ -18,7 +18,7 @@ def _kernels(tensor: Tensor) -> Any | None:
     """The module of kernels, for contiguous float32 on a GPU that they run on; None elsewhere."""
     if tensor.dtype != torch.float32 or not tensor.is_contiguous() or not _library.cuda_available():
         return None
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if torch.cuda.get_device_capability(tensor.device) < (7, 5):
         return None
     return _library.require_cuda().kernels
 

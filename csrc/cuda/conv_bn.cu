@@ -168,7 +168,7 @@ template <typename T, typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
     strided_conv_kernel(const __grid_constant__ Group<StridedConv<T>> group, PixelGrid grid, int passes,
                         int stages, int weight_slots) {
-  if (!computes<T>()) return;
+  if (!computes_by<T, Tile>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   const StridedConv<T>& node = group.nodes[blockIdx.y];
   const Unit unit(grid.pixels, blockIdx.x / passes);
@@ -178,10 +178,10 @@ __global__ void __launch_bounds__(kPointwiseThreads, Tile::kWidth <= 64 ? 2 : 1)
 }
 
 template <typename T, typename Tile, bool kMapped>
-__global__ void __launch_bounds__(kPointwiseThreads, kMapped ? Tile::kBlocks - 1 : Tile::kBlocks)
+__global__ void __launch_bounds__(kPointwiseThreads, Tile::kBlocks - (kMapped || !since_sm80() ? 1 : 0))
     stem_conv_kernel(const __grid_constant__ StemConv<T> node, PixelGrid grid, int depth, int passes,
                      int weight_slots) {
-  if (!computes<T>()) return;
+  if (!computes_by<T, Tile>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   constexpr int kStages = 2;
   const StemTaps taps(

@@ -179,6 +179,7 @@ __device__ __forceinline__ void start_copy16(void* shared, const void* global) {
     copy_async16(shared, global);
   } else {
     *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+    asm volatile("" ::: "memory");  // one after the other: together they would need more registers
   }
 }
 // What this thread has started since the last time becomes a group of copies.

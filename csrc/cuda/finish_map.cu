@@ -178,7 +178,9 @@ void take_moments(const Group<FinishMap<T>>& group, Stream stream) {
     residual |= group.nodes[i].residual != nullptr;
     activated |= group.nodes[i].activation != kLinear;
   }
-  if (cut.windows > 1) {
+  if (cut.windows > 1 && cut.block_tiles <= 2 * kLessWindowTiles) {
+    launch_moments<kNothing, 2 * kLessWindowTiles>(group, cut, false, stream);
+  } else if (cut.windows > 1) {
     launch_moments<kNothing, 2 * kMaxWindowTiles>(group, cut, false, stream);
   } else if (activated) {
     launch_moments<kActivated>(group, cut, residual, stream);

@@ -46,9 +46,10 @@ struct FinishVector {
 
 constexpr int kTile = 16;  // channels of a tile, pixels of a sweep
 constexpr int kTileFloats = kTile * kTile;
-constexpr int kMaxFusedTiles = 12;  // that registers have room for
-constexpr int kMaxWindowTiles = 7;
-// And shared memory, with a residual: 64 KB hold 8 of them, all devices since compute capability 8.0 hold 12.
+constexpr int kMaxFusedTiles = 12;   // that registers have room for
+constexpr int kMaxWindowTiles = 7;   // two windows are a block's
+constexpr int kLessWindowTiles = 6;  // before compute capability 8.0, where copies take registers
+// And shared memory, with a residual: 64 KB hold 8 of them.
 inline int max_fused_tiles() { return little_shared_memory() ? 8 : kMaxFusedTiles; }
 
 // How the moments of a map are cut: chunks of pixels, and windows of channels where a block cannot hold the
@@ -91,7 +92,9 @@ inline MomentsCut cut_moments(int64_t pixels, int channels) {
   cut.pixels = pixels;
   cut.row = row_channels(channels) / 8;
   cut.tiles = ceil_div(cut.row, 2);
-  cut.windows = cut.tiles <= max_fused_tiles() ? 1 : ceil_div(cut.tiles, kMaxWindowTiles);
+  cut.windows = 1;
+  if (cut.tiles > max_fused_tiles())
+    cut.windows = ceil_div(cut.tiles, little_shared_memory() ? kLessWindowTiles : kMaxWindowTiles);
   cut.window_tiles = ceil_div(cut.tiles, cut.windows);
   cut.block_tiles = std::min(cut.tiles, 2 * cut.window_tiles);
   const int64_t sweep = kTile * moments_groups(cut.block_tiles);

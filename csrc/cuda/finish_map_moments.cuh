@@ -50,17 +50,17 @@ __device__ __forceinline__ float pilot_of(const float* values, int stride) {
 // What is still to be done to a map: nothing, all but an activation, all.
 enum Pass { kNothing, kAffine, kActivated };
 
-// Temporaries of activations cost registers.
-constexpr int blocks_of_pass(int tiles, Pass pass) {
-  return std::max(1, moments_blocks(tiles) - (pass == kActivated ? 1 : 0));
+// Temporaries of activations cost registers, and so do copies that pass through them.
+constexpr int blocks_of_pass(int tiles, Pass pass, bool asynchronous) {
+  return std::max(1, moments_blocks(tiles) - (pass == kActivated ? 1 : 0) - (asynchronous ? 0 : 1));
 }
 
 // Of a map of kTiles tiles; kNothing: of two windows of a map, of kTiles tiles together at most. kGroups
 // groups of warps take turns at sweeps of 16 pixels.
 template <typename T, int kTiles, Pass kPass>
-__global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles, kPass))
+__global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles, kPass, since_sm80()))
     moments_kernel(const __grid_constant__ Group<FinishMap<T>> group, const MomentsCut cut) {
-  if (!computes<T>()) return;
+  if (!computes<T>() || (kTiles > kMaxFusedTiles && !since_sm80())) return;
   constexpr int kGroups = moments_groups(kTiles);
   constexpr int kPairs =
       kTiles / 2 + 1;  // of a warp; half of them have one that another has, if kTiles is even

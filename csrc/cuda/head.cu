@@ -5,7 +5,9 @@
 // they have fewer is multiplied in vain. A block takes some channels of some neighbouring images.
 #include <algorithm>
 
-#include "pointwise.cuh"
+#include "activate.h"
+#include "operands.cuh"
+#include "pipeline.cuh"
 
 namespace greedynas::cuda {
 namespace {

@@ -101,7 +101,7 @@ template <typename T, typename Tile, bool kMapped>
 __global__ void __launch_bounds__(kPointwiseThreads, Tile::kBlocks)
     project_kernel(const __grid_constant__ Group<Project<T>> group, int passes, int stages,
                    int weight_slots) {
-  if (!computes<T>()) return;
+  if (!computes_by<T, Tile>()) return;
   GREEDYNAS_DYNAMIC_SHARED(shared);
   const Project<T>& node = group.nodes[blockIdx.y];
   const Unit unit(node.pixels, blockIdx.x / passes);

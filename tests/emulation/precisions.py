@@ -2,9 +2,7 @@
 
 import pytest
 
-HALVES = ["fp16", "fp16 on sm_75"]
-ALL = ["bf16", *HALVES, "fp32", "fp32 on sm_75"]
+ALL = ["bf16", "fp16", "fp16 on sm_75", "fp32", "fp32 on sm_75"]
 of_all = pytest.mark.parametrize("cuda", ALL, indirect=True)
-of_halves = pytest.mark.parametrize("cuda", HALVES, indirect=True)
 # One for each type of depthwise outputs.
 of_stored = pytest.mark.parametrize("cuda", ["bf16", "fp32"], indirect=True)

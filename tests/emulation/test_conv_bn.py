@@ -4,6 +4,7 @@ import pytest
 import torch
 from pointwise_reference import (
     ACTIVATIONS,
+    HSWISH,
     LINEAR,
     activate,
     check_map,
@@ -122,6 +123,18 @@ def test_strided_with_known_statistics(cuda, activation, with_residual):
     check_mapped(cuda, conv.launch, conv.expected, conv.magnitude, activation, with_residual=with_residual)
 
 
+# Every width of a pass, with one chunk and more.
+@of_all
+@pytest.mark.parametrize(
+    ("in_channels", "channels"),
+    [(24, 16), (40, 13), (40, 24), (72, 32), (16, 40), (72, 64), (40, 80), (72, 96), (40, 160), (24, 192)],
+)
+def test_strided_widths(cuda, in_channels, channels):
+    conv = Strided(cuda, torch.Generator().manual_seed(channels), 2, 9, 10, in_channels, channels, 2)
+    check_raw(cuda, conv.launch, conv.expected, conv.magnitude)
+    check_mapped(cuda, conv.launch, conv.expected, conv.magnitude, HSWISH, with_residual=True)
+
+
 @of_all
 def test_strided_group(cuda):
     g = torch.Generator().manual_seed(2)
@@ -228,10 +241,11 @@ def test_stem_strides(cuda, view):
 
 
 @of_all
+@pytest.mark.parametrize("channels", [32, 40])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_stem_with_known_statistics(cuda, activation):
+def test_stem_with_known_statistics(cuda, activation, channels):
     g = torch.Generator().manual_seed(5)
-    stem = Stem(cuda, torch.randn(2, 3, 15, 16, generator=g), 32, 3, 2, g)
+    stem = Stem(cuda, torch.randn(2, 3, 15, 16, generator=g), channels, 3, 2, g)
     check_mapped(cuda, stem.launch, stem.expected, stem.magnitude, activation, with_residual=False)
 
 

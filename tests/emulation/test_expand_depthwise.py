@@ -143,7 +143,7 @@ def check(n, statistics=True):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_variants(cuda, kernel, stride, activation):
-    nodes = [make(cuda, 2, 9, 11, 16, hidden, kernel, stride, activation, hidden) for hidden in (16, 48)]
+    nodes = [make(cuda, 2, 9, 11, 16, hidden, kernel, stride, activation, hidden) for hidden in (16, 64)]
     run(cuda, nodes)
     for n in nodes:
         check(n)

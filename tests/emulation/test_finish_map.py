@@ -158,6 +158,16 @@ def test_channels(cuda, channels, residual):
     case.check()
 
 
+# Each has a kernel of its own, with an activation and without.
+@of_all
+@pytest.mark.parametrize("tiles", range(1, 13))
+def test_tiles(cuda, tiles):
+    for activation in (0, 1):
+        case = Case(cuda, torch.Generator().manual_seed(tiles), 20, 16 * tiles - 7, activation=activation)
+        run(cuda, case)
+        case.check()
+
+
 @of_all
 @pytest.mark.parametrize("channels", [200, 256, 264, 320])
 @pytest.mark.parametrize("affine", [False, True])

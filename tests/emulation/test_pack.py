@@ -141,6 +141,39 @@ def test_pointwise(cuda):
 
 
 @of_all
+def test_pointwise_multiplied_by_powers_of_two(cuda):
+    """As projections are: the largest weight of a row comes to [0.5, 1)."""
+    generator = torch.Generator().manual_seed(5)
+    runs = []
+    for rows, in_channels, taps, offset in POINTWISE:
+        values, memory = weights(cuda, generator, rows, in_channels, taps, offset=offset)
+        if rows == 33:
+            values[:3] = torch.tensor([0.0, math.nan, math.inf])[:, None, None]
+            memory[:] = values.flatten()
+        columns = row_channels(in_channels) if taps == 1 else -(-taps * in_channels // 16) * 16
+        output = poisoned(cuda, row_channels(rows) * columns, cuda.dtype)
+        stored = poisoned(cuda, row_channels(rows))
+        node = cuda.maps.PackPointwise(
+            weight=memory.data_ptr(),
+            packed=output.data_ptr(),
+            stored_factor=stored.data_ptr(),
+            rows=rows,
+            in_channels=in_channels,
+            taps=taps,
+            packed_columns=columns,
+        )
+        runs.append((node, values, columns, output, stored, memory))
+    launch(cuda, cuda.maps.pack_pointwise, [run[0] for run in runs])
+    for _, values, columns, output, stored, _ in runs:
+        rows = len(values)
+        matrix = values.transpose(1, 2).flatten(1)
+        power = factor_to(matrix.abs().amax(1), 0)
+        expected = (matrix * power[:, None]).to(cuda.dtype)
+        assert_same(unguarded(output, row_channels(rows), columns), padded(expected, row_channels(rows), columns))
+        assert_same(unguarded(stored, row_channels(rows)), padded(power, row_channels(rows), fill=1.0))
+
+
+@of_all
 @pytest.mark.parametrize("channels", [1, 8, 20, 300])
 def test_pointwise_identity(cuda, channels):
     stride = row_channels(channels)

@@ -214,8 +214,22 @@ def test_units_of_several_tiles(cuda, images, image_pixels, hidden, channels):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("channels", "with_residual"), [(21, True), (96, False), (168, True)])
 def test_known_statistics(cuda, channels, with_residual, activation):
+    check_mapped(cuda, 40, channels, activation, with_residual=with_residual)
+
+
+# Every width of a pass, with one chunk and more.
+@of_all
+@pytest.mark.parametrize(
+    ("hidden", "channels"),
+    [(24, 16), (40, 13), (40, 24), (72, 32), (16, 40), (72, 64), (40, 80), (72, 96), (40, 160), (24, 192)],
+)
+def test_known_statistics_of_every_width(cuda, hidden, channels):
+    check_mapped(cuda, hidden, channels, HSWISH, with_residual=True)
+
+
+def check_mapped(cuda, hidden, channels, activation, *, with_residual):
     g = torch.Generator().manual_seed(channels + activation)
-    node = make(cuda, g, 2, 70, 40, channels, RELU)
+    node = make(cuda, g, 2, 70, hidden, channels, RELU)
     pixels, row = len(node["d"]), row_channels(channels)
     affine = padded_affine(random_affine(g, channels, activation, torch.ones(channels), 0.0), channels)
     residual = rows(torch.randn(pixels, channels, generator=g), cuda.dtype) if with_residual else None

@@ -221,7 +221,7 @@ def draw_moments(generator, channels, size=1.0):
     return torch.randn(channels, generator=generator) * 3 * size, covariance
 
 
-def pointwise_node(cuda, norm, mean, covariance, weight, activation=LINEAR):
+def pointwise_node(cuda, norm, mean, covariance, weight, activation=LINEAR, stored=None):
     in_channels = len(mean)
     row = row_channels(in_channels)
     memory = [
@@ -229,10 +229,13 @@ def pointwise_node(cuda, norm, mean, covariance, weight, activation=LINEAR):
         padded(covariance, row, row).to(cuda.device),
         padded(weight, norm.row, row).to(cuda.dtype).to(cuda.device),
     ]
+    if stored is not None:
+        memory.append(padded(stored, norm.row, fill=1.0).to(cuda.device))
     node = cuda.maps.PointwiseAffine(
         mean=memory[0].data_ptr(),
         covariance=memory[1].data_ptr(),
         weight=memory[2].data_ptr(),
+        stored_factor=0 if stored is None else memory[3].data_ptr(),
         affine=norm.affine.data_ptr(),
         keep=norm.keep.data_ptr(),
         norm=norm.struct,
@@ -297,6 +300,24 @@ def test_pointwise_affine_of_a_group(cuda):
     cuda.synchronize()
     for norm, mean, variance, activation in checks:
         norm.check(mean, variance, 1, activation, rtol=POINTWISE_RTOL)
+
+
+@of_all
+def test_pointwise_affine_of_multiplied_weights(cuda):
+    """Statistics are of what the weights stand for, the map is of what the sums are."""
+    generator = torch.Generator().manual_seed(6)
+    norm = Norm(cuda, generator, 37, factor=True)
+    mean, covariance = draw_moments(generator, 20)
+    weight = (torch.rand(37, 20, generator=generator) - 0.5).to(cuda.dtype).float()
+    stored = torch.randint(-20, 21, (37,), generator=generator).float().exp2()
+    norm.eps = 1e-20
+    norm.struct.eps = norm.eps
+    node, memory = pointwise_node(cuda, norm, mean, covariance, weight, RELU6, stored)
+    cuda.maps.pointwise_affine([node], cuda.stream)
+    cuda.synchronize()
+    del memory
+    exact = pointwise_statistics(mean, covariance, weight / stored[:, None].double())
+    norm.check(*exact, stored, RELU6, rtol=POINTWISE_RTOL)
 
 
 @of_all

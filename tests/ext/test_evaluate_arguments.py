@@ -89,7 +89,12 @@ def test_paths_of_many_kinds(net: Chain, paths: Any) -> None:
         ({"k": True}, TypeError, r"k: expected an int or None, got bool"),
         ({"bn": "train"}, ValueError, r"bn: expected one of 'batch', 'running', 'recalibrated', got 'train'"),
         ({"bn": None}, ValueError, r"bn: expected one of .*, got None"),
-        ({"precision": "fp16"}, ValueError, r"precision: expected one of None, 'fp32', 'bf16', got 'fp16'"),
+        ({"precision": "fp8"}, ValueError, r"precision: expected one of None, 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        (
+            {"precision": "fp16"},
+            ValueError,
+            r"precision: expected None, 'fp32' or 'bf16' for a supernet on cpu .*, got 'fp16'",
+        ),
         ({"max_memory": 0}, ValueError, r"max_memory: expected at least 1, got 0"),
         ({"max_memory": 1e9}, TypeError, r"max_memory: expected an int or None, got float"),
         ({"micro_batch": 0}, ValueError, r"micro_batch: expected at least 1, got 0"),

@@ -14,7 +14,7 @@ from test_fused_spaces import FP32, FP64, POLICIES, calibration_for, compare, co
 from torch import Tensor
 
 from greedynas import Supernet
-from greedynas_ext import _library, evaluate_paths
+from greedynas_ext import _library, arguments, evaluate_paths
 
 needs_bf16 = pytest.mark.skipif(
     not (_library.ops_available() and _library.require_chain().bf16_kernels()),
@@ -91,6 +91,19 @@ def test_autocast_to_float16_runs_the_modules() -> None:
         with pytest.raises(ValueError, match=r"^fused: expected .*; autocast to torch\.float16 is not computed$"):
             evaluate_paths(net, covering_paths(net), images, targets, fused=True)
     assert result.plan.kernels == "modules: autocast to torch.float16 is not computed"
+
+
+def test_modules_in_fp16_run_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU for what the kernels do not recognise; on a CPU precision='fp16' is refused before."""
+    monkeypatch.setattr(arguments, "check_precision", lambda precision, device: None)
+    net = small()
+    images, targets = draw_images(4, 17, dtype=torch.float32)
+    paths = covering_paths(net)[:2]
+    with torch.autocast("cpu", dtype=torch.float16):
+        expected = evaluate_paths(net, paths, images, targets, fused=False).losses
+    assert torch.equal(evaluate_paths(net, paths, images, targets, precision="fp16", fused=False).losses, expected)
+    wider = evaluate_paths(net.double(), paths, images.double(), targets, precision="fp16", fused=False).losses
+    assert torch.equal(wider, expected)
 
 
 @pytest.mark.parametrize("bn", POLICIES)
