@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from precisions import of_all, of_stored
+from precisions import of_all, of_both
 from torch import Tensor, nn
 
 from greedynas import Supernet
@@ -197,7 +197,7 @@ def test_each_operation_by_itself(on_device: Any) -> None:
     )
 
 
-@of_stored
+@of_both
 def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> None:
     net = make_net("e3k3 e6k5 id")
     images, targets = draw(5)
@@ -214,7 +214,7 @@ def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> Non
     assert torch.equal(first.losses, second.losses)
 
 
-@of_stored
+@of_both
 def test_strides_of_the_images_change_nothing(on_device: Any) -> None:
     net = make_net("e3k3 id")
     images, targets = draw(5)
@@ -332,6 +332,7 @@ def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatc
     device, net = torch.device("cpu"), make_net("e3k3")
     described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
     assert isinstance(described, FusedChain)
+    assert fused_cuda.unsupported(described, device, "fp32") is None  # whatever the device
     monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (28, 1300))
     assert fused_cuda.unsupported(described, device, "fp16") is None
     monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (16, 1300))

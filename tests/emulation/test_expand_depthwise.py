@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from precisions import of_all, of_stored
+from precisions import of_all, of_both, of_floats
 
 LINEAR, RELU, RELU6, HSWISH, SILU = range(5)
 ACTIVATIONS = [LINEAR, RELU, RELU6, HSWISH, SILU]
@@ -165,7 +165,7 @@ def test_groups_of_nodes(cuda, in_channels):
 SIZES = [(1, 1, 1), (3, 1, 5), (2, 5, 1), (1, 7, 7), (9, 7, 7), (1, 14, 13), (1, 29, 15), (1, 3, 113), (1, 30, 8)]
 
 
-@of_stored
+@of_both
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 7])
 @pytest.mark.parametrize(("images", "height", "width"), SIZES)
@@ -186,7 +186,7 @@ SHAPES = [  # one image of mbv2-7 (and a wider one): size, channels, hidden, ker
 ]
 
 
-@of_stored
+@of_both
 @pytest.mark.parametrize(("size", "in_channels", "hidden", "kernel", "stride"), SHAPES)
 @pytest.mark.parametrize("shared", [99, 227])
 def test_real_shapes(cuda, emulation, shared, size, in_channels, hidden, kernel, stride):
@@ -196,7 +196,26 @@ def test_real_shapes(cuda, emulation, shared, size, in_channels, hidden, kernel,
     check(n)
 
 
-@of_stored
+@pytest.mark.parametrize("cuda", ["fp32 on sm_75"], indirect=True)
+@pytest.mark.parametrize(("size", "in_channels", "hidden", "kernel", "stride"), SHAPES)
+def test_real_shapes_of_floats_in_little_memory(cuda, size, in_channels, hidden, kernel, stride):
+    n = make(cuda, 1 if size > 7 else 3, size, size, in_channels, hidden, kernel, stride, RELU6)
+    run(cuda, [n])
+    check(n)
+
+
+# Pixels of a step below, at and above a tile of the product of floats; a depth of less than a chunk, and more.
+@of_floats
+@pytest.mark.parametrize(("images", "height", "width"), [(1, 1, 127), (2, 8, 8), (1, 3, 43), (1, 128, 3), (5, 7, 7)])
+@pytest.mark.parametrize("in_channels", [8, 24])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiles_of_floats(cuda, images, height, width, in_channels, stride):
+    n = make(cuda, images, height, width, in_channels, 33, 5, stride, HSWISH)
+    run(cuda, [n])
+    check(n)
+
+
+@of_both
 @pytest.mark.parametrize(("shared", "in_channels"), [(99, 400), (227, 640), (227, 1024)])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 2)])
 def test_many_input_channels(cuda, emulation, shared, in_channels, kernel, stride):
@@ -212,7 +231,7 @@ def test_too_many_input_channels_are_refused(cuda):
         run(cuda, [n])
 
 
-@of_stored
+@of_both
 def test_same_bits_in_any_order(cuda, emulation):
     results = []
     for order in range(3):
@@ -224,14 +243,14 @@ def test_same_bits_in_any_order(cuda, emulation):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@of_stored
+@of_both
 def test_without_statistics(cuda):
     n = make(cuda, 1, 9, 9, 16, 72, 3, 1, HSWISH)
     run(cuda, [n], statistics=False)
     check(n, statistics=False)
 
 
-@of_stored
+@of_both
 def test_statistics_do_not_cancel(cuda):
     n = make(cuda, 3, 20, 17, 16, 96, 3, 1, LINEAR)
     n.depthwise.zero_()

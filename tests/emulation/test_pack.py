@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from precisions import of_all, of_stored
+from precisions import of_all, of_both
 
 GUARD = 64  # elements behind each output that have to stay as they are
 NAN_BITS = -1  # of 16-bit elements
@@ -220,7 +220,7 @@ def depthwise_node(cuda, channels, taps, memory, before):
     return node, packed, stored
 
 
-@of_stored
+@of_both
 def test_depthwise(cuda):
     generator = torch.Generator().manual_seed(3)
     runs = []
@@ -244,7 +244,7 @@ def test_depthwise(cuda):
         assert_same(unguarded(stored, stride), padded(expected, stride, fill=1.0))
 
 
-@of_stored
+@of_both
 def test_depthwise_extremes(cuda):
     """Channels that are 0 or not finite keep the factor 1; factors stay within 2^-100 and 2^100, so do products."""
     inf, nan = math.inf, math.nan
@@ -296,7 +296,7 @@ def project_node(cuda, rows, columns, memory, column_factor):
     return node, packed, factor
 
 
-@of_stored
+@of_both
 def test_project(cuda):
     generator = torch.Generator().manual_seed(4)
     runs = []
@@ -319,7 +319,7 @@ def test_project(cuda):
         assert_same(unguarded(factor, row_channels(rows)), padded(power, row_channels(rows), fill=1.0))
 
 
-@of_stored
+@of_both
 def test_project_extremes(cuda):
     inf, nan = math.inf, math.nan
     values = torch.tensor([[0, 0], [1, inf], [nan, 0.25], [-inf, nan], [2.0**-120, 0], [2.0**120, 1], [1, 1]])

@@ -18,7 +18,7 @@ from pointwise_reference import (
     row_channels,
     rows,
 )
-from precisions import of_all, of_stored
+from precisions import of_all, of_both
 
 
 def make(cuda, g, images, image_pixels, hidden, channels, activation, *, gated=False, mean=0.0):
@@ -161,21 +161,21 @@ def test_gates_of_many_images(cuda, images, image_pixels):
     check_raw(cuda, [make(cuda, g, images, image_pixels, 24, 16, HSWISH, gated=True)])
 
 
-@of_stored
+@of_both
 def test_group_of_different_depths(cuda):
     g = torch.Generator().manual_seed(5)
     nodes = [make(cuda, g, 2, 70, hidden, 24, RELU, gated=hidden == 72) for hidden in (72, 8, 144, 330)]
     check_raw(cuda, nodes)
 
 
-@of_stored
+@of_both
 def test_far_means(cuda):
     """With mean / std = 300 in d little is left of it, but what is left must come through."""
     g = torch.Generator().manual_seed(6)
     check_raw(cuda, [make(cuda, g, 2, 65, 96, 16, RELU6, mean=300.0)])
 
 
-@of_stored
+@of_both
 def test_far_means_of_outputs(cuda):
     """Statistics of outputs that are 300 deviations from zero do not cancel."""
     g = torch.Generator().manual_seed(11)
@@ -189,7 +189,7 @@ def test_far_means_of_outputs(cuda):
 
 # A unit has several tiles above 384 pixels under emulation, above 2048 * 128 on a GPU. Weights stay in shared
 # memory, or come with every tile.
-@of_stored
+@of_both
 @pytest.mark.parametrize(
     ("images", "image_pixels", "hidden", "channels"),
     [
@@ -210,7 +210,7 @@ def test_units_of_several_tiles(cuda, images, image_pixels, hidden, channels):
     check_raw(cuda, [make(cuda, g, images, image_pixels, hidden, channels, RELU6, gated=True)])
 
 
-@of_stored
+@of_both
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("channels", "with_residual"), [(21, True), (96, False), (168, True)])
 def test_known_statistics(cuda, channels, with_residual, activation):
@@ -283,7 +283,7 @@ def test_padding_stays_zero(cuda):
     assert (partials[:, :3, 11:] == 0).all()
 
 
-@of_stored
+@of_both
 def test_same_in_every_run(cuda):
     g = torch.Generator().manual_seed(10)
     node = make(cuda, g, 1, 300, 80, 24, SILU)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from precisions import of_stored
+from precisions import of_both
 
 ACTIVATIONS = {
     "linear": lambda x: x,
@@ -68,7 +68,7 @@ class Case:
 
 
 # 32 vectors of 8 channels to a block; pixels below, at and above what its threads have on the way at once.
-@of_stored
+@of_both
 @pytest.mark.parametrize("channels", [1, 8, 16, 72, 250, 256, 257, 264, 520])
 @pytest.mark.parametrize("pixels", [1, 33])
 def test_widths(cuda, channels, pixels):
@@ -79,7 +79,7 @@ def test_widths(cuda, channels, pixels):
     case.check()
 
 
-@of_stored
+@of_both
 @pytest.mark.parametrize("pixels", [127, 128, 129, 511, 512, 513, 3000])
 @pytest.mark.parametrize("activation", range(5))
 def test_pixels_and_activations(cuda, pixels, activation):
@@ -90,7 +90,7 @@ def test_pixels_and_activations(cuda, pixels, activation):
     case.check()
 
 
-@of_stored
+@of_both
 def test_group(cuda):
     """Nodes of different sizes; a node's results are the same in any company, and in every run."""
     generator = torch.Generator().manual_seed(7)
@@ -107,7 +107,7 @@ def test_group(cuda):
         assert torch.equal(case.output(), together)
 
 
-@of_stored
+@of_both
 @pytest.mark.parametrize("activation", range(5))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_stay_in_their_channel_and_image(cuda, activation, value):
