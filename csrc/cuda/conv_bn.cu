@@ -193,6 +193,20 @@ __global__ void __launch_bounds__(kPointwiseThreads, Tile::kBlocks - (kMapped ||
                                weight_slots, shared);
 }
 
+// Calls `function` with the tile for some output channels. There are fewer than of projections: what counts
+// is how fast x is read, not what is multiplied in vain.
+template <typename Function>
+void with_strided_tile(int channels, const Function& function) {
+  const int width = pass_width(channels);
+  using Fitting = PointwiseTile<160, 32, 2>;
+  if (width <= 32) return function(PointwiseTile<32, 64, 1>{});
+  if (little_shared_memory()) return function(Fitting{});
+  if (width <= 64) return function(PointwiseTile<64, 64, 1>{});
+  if (width <= 96) return function(PointwiseTile<96, 64, 1>{});
+  if (width <= 160) return function(Fitting{});
+  return function(PointwiseTile<192, 32, 2>{});
+}
+
 constexpr int out_size(int size, int kernel, int stride) {
   return (size + kernel / 2 * 2 - kernel) / stride + 1;
 }
@@ -212,7 +226,7 @@ void strided_conv(const Group<StridedConv<T>>& group, Stream stream) {
   if (units == 0) return;
   int depth = 0;
   for (int i = 0; i < group.count; ++i) depth = std::max(depth, row_channels(group.nodes[i].in_channels));
-  with_pointwise_tile(channels, depth, [&](auto tile) {
+  with_strided_tile(channels, [&](auto tile) {
     using Tile = decltype(tile);
     const PipelinePlan plan = plan_pointwise<Tile>(depth);
     const int passes = ceil_div(row_channels(channels), Tile::kWidth);

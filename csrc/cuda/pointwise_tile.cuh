@@ -55,13 +55,15 @@ __device__ __forceinline__ constexpr bool computes_by() {
   return computes<T>() && (Tile::kFitsLittleMemory || since_sm80());
 }
 
-// The tile for some output channels: in one pass where they are few enough.
-inline int passes_of(int channels) {
-  return ceil_div(row_channels(channels), little_shared_memory() ? 160 : 192);
+// The width of a pass: all output channels where they are few enough.
+inline int pass_width(int channels) {
+  const int row = row_channels(channels);
+  return ceil_div(row, ceil_div(row, little_shared_memory() ? 160 : 192));
 }
+// Calls `function` with the tile that wastes the least.
 template <typename Function>
 void with_pointwise_tile(int channels, int depth, const Function& function) {
-  const int width = ceil_div(row_channels(channels), passes_of(channels));
+  const int width = pass_width(channels);
   if (width <= 16 && depth <= 32) return function(PointwiseTile<16, 32, 1>{});
   if (width <= 16) return function(PointwiseTile<16, 64, 1>{});
   if (width <= 24) return function(PointwiseTile<24, 64, 1>{});

@@ -209,6 +209,19 @@ __global__ void copy_never_waited_for(const float* x, float* y, bool wrong) {
   reinterpret_cast<float4*>(y)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];
 }
 
+// Which there are since compute capability 8.0.
+__global__ void copy_on_sm_75(const float* x, float* y, bool wrong) {
+  GREEDYNAS_SHARED(float4, values, [kThreads]);
+  if (wrong) {
+    copy_async16(&values[threadIdx.x], x + 4 * threadIdx.x);
+  } else {
+    start_copy16(&values[threadIdx.x], x + 4 * threadIdx.x);
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  reinterpret_cast<float4*>(y)[threadIdx.x] = values[threadIdx.x];
+}
+
 // ---- tensor cores
 
 // y 16x8 = a 16x16 times b 16x8, all row by row.
@@ -338,6 +351,18 @@ const std::map<std::string, std::function<void(bool)>> kCases = {
     {"read_before_copy_lands", copies(read_before_copy_lands, 8 * kThreads)},
     {"read_of_others_copy", copies(read_of_others_copy, 4 * kThreads)},
     {"copy_never_waited_for", copies(copy_never_waited_for, 4 * kThreads)},
+    {"copy_on_sm_75",
+     [](bool wrong) {
+       emu::cfg.arch = 750;
+       const auto run = copies(copy_on_sm_75, 4 * kThreads);
+       try {
+         run(wrong);
+       } catch (...) {
+         emu::cfg.arch = 800;
+         throw;
+       }
+       emu::cfg.arch = 800;
+     }},
     {"fragment_layout",
      [](bool wrong) {
        const std::vector<float> a = numbers(16 * 16), b = numbers(16 * 8);
@@ -415,8 +440,8 @@ __global__ void multiply(const Registers* in, float* out, bool bf16) {
     multiply_bf16(c, own.a, own.b[0], own.b[1]);
     multiply_bf16_first(first, own.a, own.b[0], own.b[1]);
   } else {
-    multiply_f16(c, own.a, own.b[0], own.b[1]);
-    multiply_f16_first(first, own.a, own.b[0], own.b[1]);
+    multiply_half(c, own.a, own.b[0], own.b[1]);
+    multiply_half_first(first, own.a, own.b[0], own.b[1]);
   }
   for (int i = 0; i < 4; ++i) {
     out[threadIdx.x * 8 + i] = c[i];
@@ -471,7 +496,8 @@ int print_order() {
 
 int main(int count, char** arguments) {
   const std::string name = count > 1 ? arguments[1] : "", variant = count > 2 ? arguments[2] : "";
-  if (name == "multiply_bf16" || name == "multiply_f16") {
+  if (name == "multiply_bf16" || name == "multiply_f16" || name == "multiply_f16_on_sm_75") {
+    if (name == "multiply_f16_on_sm_75") emu::cfg.arch = 750;
     return operate<Registers, float>(multiply, 32 * 8, name == "multiply_bf16");
   }
   if (name == "load_matrices" || name == "load_matrices_transposed") {

@@ -48,6 +48,7 @@ CAUGHT = [
     ("read_of_others_copy", "plain", "wrong result: -?nan"),
     ("read_of_others_copy", "thread", "data race"),
     ("copy_never_waited_for", "plain", "asynchronous copies it had not waited for"),
+    ("copy_on_sm_75", "plain", "an asynchronous copy needs compute capability 8.0"),
     ("fragment_layout", "plain", "wrong result"),
     ("misaligned_matrix", "plain", "no multiple of 16 bytes"),
     ("large_dynamic", "plain", "asks for 101377 bytes of shared memory"),
@@ -193,12 +194,12 @@ def c_element(i: int) -> tuple[np.ndarray, np.ndarray]:
 
 def bits(values: np.ndarray, kind: str) -> np.ndarray:
     """Of numbers that either type holds exactly."""
-    if kind == "f16":
+    if kind.startswith("f16"):
         return values.astype(np.float16).view(np.uint16)
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("kind", ["bf16", "f16", "f16_on_sm_75"])
 def test_products_are_those_of_matrices(programs: Programs, kind: str) -> None:
     generator = np.random.default_rng(0)
     a, b, c = (generator.integers(-100, 101, size).astype(np.float64) for size in ((16, 16), (16, 8), (16, 8)))

@@ -204,7 +204,7 @@ def test_more_channels_than_moments_of_floats_have(cuda):
 @of_all
 def test_several_chunks(cuda):
     """Of one window and of several."""
-    for channels, pixels in [(40, 5000), (264, 3000)]:
+    for channels, pixels in [(40, 5000), (264, 3000)] if cuda.precision == "bf16" else [(40, 700), (264, 700)]:
         case = Case(cuda, torch.Generator().manual_seed(channels), pixels, channels, residual=True)
         run(cuda, case)
         case.check()
