@@ -42,8 +42,8 @@ def evaluate_paths(
 
     Activations after a layer, and batch statistics too, depend on the choices up to it alone, so each unique prefix of
     the paths is computed once and the result is that of a loop over the paths, without gradients, dropout and drop-path
-    off, batch normalisations by the policy `bn`. On a CPU, and in bf16 and fp16 on a GPU, where stem, operations and
-    head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
+    off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
+    and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
     excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
     anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
     forward of a new or changed module runs once on a symbol instead of a tensor.
@@ -72,9 +72,9 @@ def evaluate_paths(
             autocast) and sums in float32; fused, the depthwise convolution is in half precision on a GPU and where
             there are matrix tiles (AMX, AVX512-FP16), and on a CPU without bfloat16 products it is "fp32"; "fp16"
             rounds to half precision instead (modules: under float16 autocast) and needs a supernet on a GPU. Fused on
-            a GPU "bf16" needs compute capability 8.0, "fp16" 7.5. Fused, weights of any scale keep their digits in
-            half precision, since BatchNorm takes away the powers of two by which they are multiplied; activations
-            above 65504 are infinite there.
+            a GPU "bf16" needs compute capability 8.0, "fp32" (float32 multiply-adds, no TF32) and "fp16" 7.5. Fused,
+            weights of any scale keep their digits in half precision, since BatchNorm takes away the powers of two by
+            which they are multiplied; activations above 65504 are infinite there.
         max_memory: bytes for activations and working memory. Layer by layer is used where it fits, depth-first
             elsewhere; where that does not fit either, images are split where the statistics allow it (not where
             those of the batch are used), or ValueError is raised. None: depth-first on a CPU; on a GPU half of what is
@@ -173,7 +173,7 @@ def description(chain: Chain, trie: Trie, images: object, kind: str, bn: str, de
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
     if device.type == "cuda" and not isinstance(described, str):
-        return unsupported(described, device) or described
+        return unsupported(described, device, kind) or described
     return described
 
 

@@ -401,12 +401,12 @@ def cuda_refused(precision: str, device: torch.device) -> str | None:
     """Why the CUDA kernels are not used."""
     if not _library.cuda_available():
         return "greedynas_ext was built without CUDA kernels"
-    if precision not in ("bf16", "fp16"):
-        return f"precision {precision} (the CUDA kernels compute in bf16 and fp16: precision='bf16')"
+    if precision not in ("fp32", "bf16", "fp16"):
+        return f"precision {precision} (the CUDA kernels compute in fp32, bf16 and fp16: precision='fp32')"
     capability = torch.cuda.get_device_capability(device)
     needed = (8, 0) if precision == "bf16" else (7, 5)
     if capability < needed:
-        lower = "; fp16 needs 7.5" if precision == "bf16" else ""
+        lower = "; fp32 and fp16 need 7.5" if precision == "bf16" else ""
         return (
             f"{precision} on a GPU of compute capability {capability[0]}.{capability[1]} (the CUDA kernels need "
             f"{needed[0]}.{needed[1]} for it{lower})"

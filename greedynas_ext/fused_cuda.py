@@ -19,11 +19,11 @@ from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import InvertedBottleneckWeights
 
 
-def unsupported(fused: FusedChain, device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot evaluate on `device` what the CPU's can; None where they can."""
+def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str | None:
+    """Why the CUDA kernels cannot evaluate on `device` in `precision` what the CPU's can; None where they can."""
     parts: list[tuple[str, object]] = [("supernet.stem", block) for block in fused.stem.blocks]
     parts += [(fused.chain.place(layer, op), part) for (layer, op), part in fused.operations.items()]
-    most, most_of_head = _most_inputs(device)
+    most, most_of_head = _most_inputs(device, precision)
     if (into := fused.head.conv.shape[1]) > most_of_head:
         return f"supernet.head: {into} input channels (on this GPU the CUDA kernels take {most_of_head})"
     for place, part in parts:
@@ -36,8 +36,10 @@ def unsupported(fused: FusedChain, device: torch.device) -> str | None:
     return None
 
 
-def _most_inputs(device: torch.device) -> tuple[int, int]:
+def _most_inputs(device: torch.device, precision: str) -> tuple[int, int]:
     """Input channels of an expansion and of the head for which a block's shared memory is known to suffice."""
+    if precision == "fp32":  # products go through their depth in chunks; moments have this limit
+        return 4096, 4096
     if torch.cuda.get_device_capability(device) < (8, 0):  # 64 KB
         return 200, 800
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)

@@ -444,12 +444,12 @@ const char* Evaluation<T>::kernels() const {
 
 std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision) {
   switch (precision) {
+    case Precision::kFloat32:
+      return std::make_unique<Evaluation<float>>(source);
     case Precision::kBFloat16:
       return std::make_unique<Evaluation<BFloat16>>(source);
-    case Precision::kHalf:
-      return std::make_unique<Evaluation<Half>>(source);
     default:
-      throw std::invalid_argument("precision: expected bf16 or fp16");
+      return std::make_unique<Evaluation<Half>>(source);
   }
 }
 

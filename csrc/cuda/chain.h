@@ -48,7 +48,6 @@ class ChainEvaluation {
   virtual const char* kernels() const = 0;
 };
 
-// Throws std::invalid_argument for a precision that there are no kernels for.
 std::unique_ptr<ChainEvaluation> make_chain_evaluation(const ChainSource& source, Precision precision);
 
 }  // namespace greedynas::cuda

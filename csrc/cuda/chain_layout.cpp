@@ -193,6 +193,7 @@ int64_t Evaluation<T>::needed_bytes(const std::vector<PathStep>& steps, int64_t 
                                                       int64_t, Statistics) const;                           \
   template int64_t Evaluation<T>::needed_bytes(const std::vector<PathStep>&, int64_t, int64_t, int64_t,     \
                                                Statistics) const;
+INSTANTIATE(float)
 INSTANTIATE(BFloat16)
 INSTANTIATE(Half)
 #undef INSTANTIATE

@@ -9,22 +9,12 @@
 #include "activate.h"
 #include "device.h"
 #include "expand_depthwise_tiling.h"
+#include "fast_div.cuh"
 #include "kernels.h"
 #include "numbers.h"
 
 namespace greedynas::cuda::expand {
 namespace {
-
-// n / d for n * d < 2^32, without a branch (a branch makes nvcc duplicate loops).
-struct FastDiv {
-  unsigned d, magic, one;
-  __device__ __forceinline__ void set(unsigned v) {
-    d = v;
-    magic = v > 1 ? 0xffffffffu / v + 1 : 0;
-    one = v > 1 ? 0 : ~0u;
-  }
-  __device__ __forceinline__ unsigned operator()(unsigned n) const { return __umulhi(n, magic) + (n & one); }
-};
 
 // What one block works on. It lives in shared memory, so that no phase carries it in registers.
 struct Piece {

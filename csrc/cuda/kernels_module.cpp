@@ -216,6 +216,9 @@ void bind_of_stored(py::module_& module) {
 
 void bind_kernels(py::module_& module) {
   bind_untyped(module);
+  py::module_ floats = module.def_submodule("fp32", "For maps in single precision.");
+  bind_of_stored<float>(floats);
+  bind_of_maps<float>(floats);
   py::module_ halves = module.def_submodule("fp16", "For maps in half precision.");
   bind_of_stored<Half>(halves);
   py::module_ bfloat16 = module.def_submodule("bf16", "For maps in bfloat16.");

@@ -149,6 +149,7 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
   launch_groups(units, norm_affine, stream);
 }
 
+template class PackedChain<float>;
 template class PackedChain<BFloat16>;
 template class PackedChain<Half>;
 

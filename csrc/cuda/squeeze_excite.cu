@@ -24,17 +24,31 @@ struct Cut {
         width(ceil_div(vectors, slices)) {}
 };
 
+// Eight channels, at a multiple of 16 bytes.
+template <typename Stored>
+struct alignas(16) Vector {
+  Stored values[8];
+};
+__device__ __forceinline__ void unpack(float (&x)[8], const Vector<Half>& from) {
+  cuda::unpack<Half>(x, *reinterpret_cast<const uint4*>(&from));
+}
+__device__ __forceinline__ void unpack(float (&x)[8], const Vector<float>& from) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = from.values[i];
+}
+
 // Every `step`-th pixel from `row` on; `d` and `affine`: of the first pixel and of 8 channels.
-template <int kActivation>
-__device__ __forceinline__ void sum_pixels(const Squeeze<Half>& s, const uint4* d, const float* affine,
-                                           int vectors, int row, int step, float (&sum)[8]) {
+template <int kActivation, typename Stored>
+__device__ __forceinline__ void sum_pixels(const Squeeze<Stored>& s, const Vector<Stored>* d,
+                                           const float* affine, int vectors, int row, int step,
+                                           float (&sum)[8]) {
   float scale[8], shift[8], bound[8];
   load8(scale, affine);
   load8(shift, affine + 8 * vectors);
   load8(bound, affine + 16 * vectors);
   const int pixels = s.image_pixels;
   for (int first = row; first < pixels; first += kBatch * step) {
-    uint4 loaded[kBatch] = {};
+    Vector<Stored> loaded[kBatch] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int pixel = first + i * step;
@@ -44,7 +58,7 @@ __device__ __forceinline__ void sum_pixels(const Squeeze<Half>& s, const uint4* 
     for (int i = 0; i < kBatch; ++i) {
       if (first + i * step >= pixels) break;
       float values[8];
-      unpack<Half>(values, loaded[i]);
+      unpack(values, loaded[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         sum[j] += activate<kActivation>(values[j] * scale[j] + shift[j], bound[j]);
@@ -53,9 +67,10 @@ __device__ __forceinline__ void sum_pixels(const Squeeze<Half>& s, const uint4* 
   }
 }
 
+template <typename Stored>
 __global__ void __launch_bounds__(kThreads)
-    squeeze_kernel(const __grid_constant__ Group<Squeeze<Half>> group) {
-  const Squeeze<Half>& s = group.nodes[blockIdx.y];
+    squeeze_kernel(const __grid_constant__ Group<Squeeze<Stored>> group) {
+  const Squeeze<Stored>& s = group.nodes[blockIdx.y];
   const Cut cut(s.channels);
   const int image = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
   if (image >= s.images) return;
@@ -65,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
   GREEDYNAS_SHARED(float4, of_threads, [kThreads * 2]);
   float sum[8] = {};
   if (row < rows && vector < cut.vectors) {
-    const auto* d = reinterpret_cast<const uint4*>(s.d) +
+    const auto* d = reinterpret_cast<const Vector<Stored>*>(s.d) +
                     static_cast<int64_t>(image) * s.image_pixels * cut.vectors + vector;
     const float* affine = s.affine + 8 * vector;
     with_activation(s.activation, [&](auto activation) {
@@ -89,13 +104,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-template <>
-void squeeze(const Group<Squeeze<Half>>& group, Stream stream) {
+template <typename Stored>
+void squeeze(const Group<Squeeze<Stored>>& group, Stream stream) {
   int blocks = 0;
   for (int i = 0; i < group.count; ++i) {
     blocks = std::max(blocks, group.nodes[i].images * Cut(group.nodes[i].channels).slices);
   }
-  GREEDYNAS_LAUNCH(squeeze_kernel, dim3(blocks, group.count), dim3(kThreads), 0, stream, group);
+  GREEDYNAS_LAUNCH((squeeze_kernel<Stored>), dim3(blocks, group.count), dim3(kThreads), 0, stream, group);
 }
+
+template void squeeze(const Group<Squeeze<Half>>&, Stream);
+template void squeeze(const Group<Squeeze<float>>&, Stream);
 
 }  // namespace greedynas::cuda

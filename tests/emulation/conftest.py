@@ -19,7 +19,7 @@ import pytest
 import torch
 from emulated_device import configured
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Backend:
         kernels: its kernels one by one.
         device: where their tensors live.
         stream: what launches are given.
-        precision: of maps, "bf16" or "fp16".
+        precision: of maps, a key of DTYPES.
     """
 
     module: ModuleType
@@ -49,6 +49,11 @@ class Backend:
     def dtype(self) -> torch.dtype:
         """Of maps."""
         return DTYPES[self.precision]
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of depthwise outputs, and of the weights before and behind them."""
+        return torch.float32 if self.precision == "fp32" else torch.float16
 
     def synchronize(self) -> None:
         """Until all launches are done."""

@@ -2,6 +2,8 @@
 
 import pytest
 
-ALL = ["bf16", "fp16", "fp16 on sm_75"]
+ALL = ["bf16", "fp16", "fp16 on sm_75", "fp32", "fp32 on sm_75"]
 of_all = pytest.mark.parametrize("cuda", ALL, indirect=True)
-of_halves = pytest.mark.parametrize("cuda", ALL[1:], indirect=True)
+# One of each: kernels of maps of 16 bits and of floats are written apart.
+of_both = pytest.mark.parametrize("cuda", ["bf16", "fp32"], indirect=True)
+of_floats = pytest.mark.parametrize("cuda", ["fp32", "fp32 on sm_75"], indirect=True)

@@ -140,6 +140,7 @@ def test_strided_widths(cuda, in_channels, channels):
     check_mapped(cuda, conv.launch, conv.expected, conv.magnitude, HSWISH, with_residual=True)
 
 
+@of_all
 def test_strided_group(cuda):
     g = torch.Generator().manual_seed(2)
     convs = [Strided(cuda, g, 2, 9, 20, in_channels, 24, 2) for in_channels in (16, 72, 8)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from precisions import of_all, of_halves
+from precisions import of_all, of_both
 from torch import Tensor, nn
 
 from greedynas import Supernet
@@ -152,8 +152,8 @@ def drawn_paths(net: Any, count: int, seed: int = 5) -> Tensor:
 # Rounding maps to bfloat16 (2^-9 relative) in a dozen places, each renormalised by BatchNorm, moves logits of size 1
 # by about 1e-2, and losses of 2 by about as much; a wrong weight, tap, or statistic moves them by tenths. In half
 # precision it is an eighth of that, and what depthwise convolutions add, whose sums are halves in both cases (1e-3
-# relative, test_expand_depthwise.py).
-TOLERANCES = {"bf16": 3e-2, "fp16": 5e-3}
+# relative, test_expand_depthwise.py). In single precision losses are found to 1e-5 (7e-7 at most, here).
+TOLERANCES = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-5}
 
 
 def check(result: Any, expected: Any) -> None:
@@ -167,11 +167,12 @@ def check(result: Any, expected: Any) -> None:
 
 POLICIES = ["batch", "running", "recalibrated"]
 NETS = [("e3k3 e6k5 id", "relu6"), ("e6k7 e3k5s id", "hswish"), ("e1k3 e3k3s id", "silu"), ("e6k3 e3k7 id", "relu")]
-CASES = [("bf16", *net, bn) for net in NETS for bn in POLICIES]
+CASES = [(precision, *net, bn) for precision in ("bf16", "fp32") for net in NETS for bn in POLICIES]
 CASES += [("fp16", *net, bn) for net, bn in zip(NETS, [*POLICIES, "batch"], strict=True)]
 CASES += [
     ("fp16 on sm_75", *net, bn) for net, bn in zip(NETS, ["recalibrated", "batch", "batch", "running"], strict=True)
 ]
+CASES += [("fp32 on sm_75", *net, "batch") for net in NETS[1:3]]
 
 
 @pytest.mark.parametrize(("cuda", "operations", "activation", "bn"), CASES, indirect=["cuda"])
@@ -185,7 +186,7 @@ def test_losses_are_those_of_the_modules(on_device: Any, operations: str, activa
     check(on_device(net, paths, images, targets, **kwargs), exact_losses(net, paths, images, targets, **kwargs))
 
 
-@of_halves
+@of_all
 def test_each_operation_by_itself(on_device: Any) -> None:
     net = make_net("e3k3 e6k7 id")
     images, targets = draw(6)
@@ -196,6 +197,7 @@ def test_each_operation_by_itself(on_device: Any) -> None:
     )
 
 
+@of_both
 def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> None:
     net = make_net("e3k3 e6k5 id")
     images, targets = draw(5)
@@ -212,6 +214,7 @@ def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> Non
     assert torch.equal(first.losses, second.losses)
 
 
+@of_both
 def test_strides_of_the_images_change_nothing(on_device: Any) -> None:
     net = make_net("e3k3 id")
     images, targets = draw(5)
@@ -295,8 +298,13 @@ def test_which_precision_a_supernet_on_a_gpu_has(monkeypatch: pytest.MonkeyPatch
     ("precision", "capability", "reason"),
     [
         ("fp16", (7, 5), None),
+        ("fp32", (7, 5), None),
         ("bf16", (8, 0), None),
-        ("bf16", (7, 5), "bf16 on a GPU of compute capability 7.5 (the CUDA kernels need 8.0 for it; fp16 needs 7.5)"),
+        (
+            "bf16",
+            (7, 5),
+            "bf16 on a GPU of compute capability 7.5 (the CUDA kernels need 8.0 for it; fp32 and fp16 need 7.5)",
+        ),
         ("fp16", (7, 0), "fp16 on a GPU of compute capability 7.0 (the CUDA kernels need 7.5 for it)"),
     ],
 )
@@ -310,13 +318,13 @@ def test_what_a_gpu_can_compute(
 
 def test_a_stride_of_three_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device, net = torch.device("cpu"), make_net("e3k3")
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: (400, 1300))
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (400, 1300))
     for module in net.choices[2].modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             module.stride = (3, 3)
     described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
     assert isinstance(described, FusedChain)
-    reason = fused_cuda.unsupported(described, device)
+    reason = fused_cuda.unsupported(described, device, "fp16")
     assert reason == "supernet.choices[2][0]: stride 3 (the CUDA kernels have 1 and 2)"
 
 
@@ -324,13 +332,14 @@ def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatc
     device, net = torch.device("cpu"), make_net("e3k3")
     described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
     assert isinstance(described, FusedChain)
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: (28, 1300))
-    assert fused_cuda.unsupported(described, device) is None
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: (16, 1300))
-    reason = fused_cuda.unsupported(described, device)
+    assert fused_cuda.unsupported(described, device, "fp32") is None  # whatever the device
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (28, 1300))
+    assert fused_cuda.unsupported(described, device, "fp16") is None
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (16, 1300))
+    reason = fused_cuda.unsupported(described, device, "fp16")
     assert reason == "supernet.choices[1][0]: 20 input channels (on this GPU the CUDA kernels take 16)"
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device: (400, 24))
-    reason = fused_cuda.unsupported(described, device)
+    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (400, 24))
+    reason = fused_cuda.unsupported(described, device, "fp16")
     assert reason == "supernet.head: 28 input channels (on this GPU the CUDA kernels take 24)"
 
 

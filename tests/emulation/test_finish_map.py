@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from precisions import of_all
+from precisions import of_all, of_both, of_floats
 
 ACTIVATIONS = [
     lambda x: x,
@@ -129,6 +129,9 @@ class Case:
         # Sums in float cost 2^-24 a step, 26 times that where means are 5 deviations off. About means further off,
         # distances are rounded to the map's type, in the tails of a distribution alone: by 2^-8 at most (bfloat16),
         # twice that in a square, and as each its own way the error goes with the root of the count.
+        # Distances of floats are not rounded; their pilot is a pixel, 5 deviations off at most.
+        if self.cuda.dtype == torch.float32:
+            tolerance = 8e-6
         tolerance = tolerance or 2.0**-6 / self.pixels**0.5 + 4e-6
         assert mean_error <= tolerance
         assert (error <= tolerance).all(), error.max()
@@ -140,6 +143,7 @@ def run(cuda, *cases):
 
 
 # Sweeps have 16 pixels, of up to 8 groups of warps; chunks, under emulation, 128 or more.
+@of_both
 @pytest.mark.parametrize("pixels", [1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1000])
 def test_pixels(cuda, pixels):
     case = Case(cuda, torch.Generator().manual_seed(pixels), pixels, 16, activation=pixels % 5)
@@ -176,6 +180,25 @@ def test_windows_of_channels(cuda, channels, affine):
     case = Case(cuda, generator, 50, channels, affine=affine, residual=affine, activation=1)
     run(cuda, case)
     case.check()
+
+
+# The patches of floats' moments below, at and above what blocks of 256 and of 512 threads have; sweeps of 21 to 64
+# pixels, and chunks of several.
+@of_floats
+@pytest.mark.parametrize("channels", [8, 24, 88, 176, 184, 248, 256])
+def test_patches_of_floats(cuda, channels):
+    generator = torch.Generator().manual_seed(channels)
+    for pixels in (20, 21, 65, 700):
+        case = Case(cuda, generator, pixels, channels, activation=1, residual=True)
+        run(cuda, case)
+        case.check()
+
+
+@of_floats
+def test_more_channels_than_moments_of_floats_have(cuda):
+    assert cuda.maps.finish_map_floats(10, 4096) > 0
+    with pytest.raises(ValueError, match="at most 4096 channels with moments, got 4097"):
+        cuda.maps.finish_map_floats(10, 4097)
 
 
 @of_all

@@ -99,12 +99,14 @@ def test_activations(cuda, activation):
     head.check()
 
 
+@of_all
 def test_large_image(cuda):
     head = Head(cuda, torch.Generator().manual_seed(1), 1, 50_000, 8, 8)
     launch(cuda, [head])
     head.check()
 
 
+@of_all
 def test_group(cuda):
     g = torch.Generator().manual_seed(2)
     heads = [Head(cuda, g, 6, 16, in_channels, 40) for in_channels in (40, 40, 136)]
@@ -131,6 +133,7 @@ def test_not_finite(cuda, activation):
     assert pooled[2].isfinite().all() == (activation == RELU6)
 
 
+@of_all
 def test_image_alone_gives_the_same(cuda):
     """Sums of an image do not depend on what else a block does."""
     head = Head(cuda, torch.Generator().manual_seed(4), 9, 49, 40, 24)

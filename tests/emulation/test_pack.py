@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from precisions import of_all
+from precisions import of_all, of_both
 
 GUARD = 64  # elements behind each output that have to stay as they are
 NAN_BITS = -1  # of 16-bit elements
@@ -207,7 +207,7 @@ DEPTHWISE = [(1, 9), (7, 25), (8, 49), (63, 9), (64, 49), (65, 25), (128, 9), (1
 
 
 def depthwise_node(cuda, channels, taps, memory, before):
-    packed = poisoned(cuda, taps * row_channels(channels), torch.float16)
+    packed = poisoned(cuda, taps * row_channels(channels), cuda.stored)
     stored = poisoned(cuda, row_channels(channels))
     node = cuda.maps.PackDepthwise(
         weight=memory.data_ptr(),
@@ -220,6 +220,7 @@ def depthwise_node(cuda, channels, taps, memory, before):
     return node, packed, stored
 
 
+@of_both
 def test_depthwise(cuda):
     generator = torch.Generator().manual_seed(3)
     runs = []
@@ -235,7 +236,7 @@ def test_depthwise(cuda):
         channels, taps = values.shape
         stride = row_channels(channels)
         factor = factor_to(values.abs().amax(1), 0)
-        halves = (values * factor[:, None]).half()
+        halves = (values * factor[:, None]).to(cuda.stored)
         largest = halves.abs().amax(1)
         assert ((largest >= 0.5) & (largest <= 1)).all()
         assert_same(unguarded(packed, taps, stride), padded(halves.t(), taps, stride))
@@ -243,6 +244,7 @@ def test_depthwise(cuda):
         assert_same(unguarded(stored, stride), padded(expected, stride, fill=1.0))
 
 
+@of_both
 def test_depthwise_extremes(cuda):
     """Channels that are 0 or not finite keep the factor 1; factors stay within 2^-100 and 2^100, so do products."""
     inf, nan = math.inf, math.nan
@@ -262,7 +264,7 @@ def test_depthwise_extremes(cuda):
     memory, device_before = values.to(cuda.device), before.to(cuda.device)
     node, packed, stored = depthwise_node(cuda, 8, 2, memory, device_before)
     launch(cuda, cuda.maps.pack_depthwise, [node])
-    assert_same(unguarded(packed, 2, 8), (values * power[:, None]).half().t().contiguous())
+    assert_same(unguarded(packed, 2, 8), (values * power[:, None]).to(cuda.stored).t().contiguous())
     assert_same(unguarded(stored, 8), before * power)
 
 
@@ -281,7 +283,7 @@ PROJECT = [  # rows, columns, elements off alignment
 
 
 def project_node(cuda, rows, columns, memory, column_factor):
-    packed = poisoned(cuda, row_channels(rows) * row_channels(columns), torch.float16)
+    packed = poisoned(cuda, row_channels(rows) * row_channels(columns), cuda.stored)
     factor = poisoned(cuda, row_channels(rows))
     node = cuda.maps.PackProject(
         weight=memory.data_ptr(),
@@ -294,6 +296,7 @@ def project_node(cuda, rows, columns, memory, column_factor):
     return node, packed, factor
 
 
+@of_both
 def test_project(cuda):
     generator = torch.Generator().manual_seed(4)
     runs = []
@@ -308,7 +311,7 @@ def test_project(cuda):
         if column_factor is not None:
             values = values / column_factor[:columns]
         power = factor_to(values.abs().amax(1), 0)
-        halves = (values * power[:, None]).half()
+        halves = (values * power[:, None]).to(cuda.stored)
         largest = halves.abs().amax(1)
         assert ((largest >= 0.5) & (largest <= 1)).all()
         expected = padded(halves, row_channels(rows), row_channels(columns))
@@ -316,6 +319,7 @@ def test_project(cuda):
         assert_same(unguarded(factor, row_channels(rows)), padded(power, row_channels(rows), fill=1.0))
 
 
+@of_both
 def test_project_extremes(cuda):
     inf, nan = math.inf, math.nan
     values = torch.tensor([[0, 0], [1, inf], [nan, 0.25], [-inf, nan], [2.0**-120, 0], [2.0**120, 1], [1, 1]])
@@ -325,6 +329,6 @@ def test_project_extremes(cuda):
     memory, device_factor = values.to(cuda.device), column_factor.to(cuda.device)
     node, packed, factor = project_node(cuda, 7, 2, memory, device_factor)
     launch(cuda, cuda.maps.pack_project, [node])
-    halves = (values / column_factor[:2] * power[:, None]).half()
+    halves = (values / column_factor[:2] * power[:, None]).to(cuda.stored)
     assert_same(unguarded(packed, 8, 8), padded(halves, 8, 8))
     assert_same(unguarded(factor, 8), padded(power, 8, fill=1.0))

@@ -18,19 +18,17 @@ from pointwise_reference import (
     row_channels,
     rows,
 )
-from precisions import of_all
-
-HALF = 2.0**-11  # half a unit in the last place of half precision, relative
+from precisions import of_all, of_both
 
 
-def make(g, images, image_pixels, hidden, channels, activation, *, gated=False, mean=0.0):
+def make(cuda, g, images, image_pixels, hidden, channels, activation, *, gated=False, mean=0.0):
     """Inputs of a node, float64 of what is stored."""
     pixels = images * image_pixels
-    d = rows(torch.randn(pixels, hidden, generator=g) + mean, torch.float16)
+    d = rows(torch.randn(pixels, hidden, generator=g) + mean, cuda.stored)
     # As BatchNorm makes it: the mean goes, the spread becomes about one; factors are powers of two.
     factor = 2.0 ** torch.randint(-3, 4, (hidden,), generator=g)
     affine = random_affine(g, hidden, activation, factor, mean)
-    weight = rows(torch.randn(channels, hidden, generator=g) / hidden**0.5 / factor, torch.float16, pad_rows=True)
+    weight = rows(torch.randn(channels, hidden, generator=g) / hidden**0.5 / factor, cuda.stored, pad_rows=True)
     gates = rows(torch.rand(images, hidden, generator=g), torch.float32) if gated else None
     return {
         "d": d,
@@ -45,18 +43,19 @@ def make(g, images, image_pixels, hidden, channels, activation, *, gated=False, 
 
 
 def sums_of(node):
-    """The products in float64, and how far half precision may be from them."""
+    """The products in float64, and how far the precision of d and of the weight may be from them."""
+    half = torch.finfo(node["d"].dtype).eps / 2  # a unit in the last place, relative
     hidden, channels = node["hidden"], node["channels"]
     scale, shift, bound = node["affine"][:, :hidden].double()
     u = node["d"][:, :hidden].double() * scale + shift
     value = activate(u, node["activation"], bound)
-    # Single precision until the value is rounded to half; then a gate rounded to half, and their product.
-    error = HALF * value.abs() + 2.0**-22 * (node["d"][:, :hidden].double().abs() * scale.abs() + shift.abs())
+    # Single precision until the value is rounded; then a gate is rounded, and their product.
+    error = half * value.abs() + 2.0**-22 * (node["d"][:, :hidden].double().abs() * scale.abs() + shift.abs())
     if node["activation"] in (HSWISH, SILU):  # fast exponentials and quotients
         error += 2.0**-20 * u.abs()
     if node["gates"] is not None:
         gate = node["gates"][:, :hidden].double().repeat_interleave(node["image_pixels"], 0)
-        value, error = value * gate, (error + 2 * HALF * value.abs()) * gate + 2.0**-24
+        value, error = value * gate, (error + 2 * half * value.abs()) * gate + 2.0**-24
     weight = node["weight"][:channels, :hidden].double()
     sums = value @ weight.T
     # Roundings of the inputs, none of which is larger than `error`, and sums in single precision.
@@ -144,7 +143,7 @@ def check_raw(cuda, nodes):
 )
 def test_shapes(cuda, pixels, hidden, channels):
     g = torch.Generator().manual_seed(pixels * 1000 + hidden + channels)
-    check_raw(cuda, [make(g, 1, pixels, hidden, channels, RELU6)])
+    check_raw(cuda, [make(cuda, g, 1, pixels, hidden, channels, RELU6)])
 
 
 @of_all
@@ -152,7 +151,7 @@ def test_shapes(cuda, pixels, hidden, channels):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(cuda, activation, gated):
     g = torch.Generator().manual_seed(activation)
-    check_raw(cuda, [make(g, 3, 49, 40, 24, activation, gated=gated)])
+    check_raw(cuda, [make(cuda, g, 3, 49, 40, 24, activation, gated=gated)])
 
 
 # Tiles within an image, at its border, over several images, and an image a pixel.
@@ -160,25 +159,28 @@ def test_activations(cuda, activation, gated):
 @pytest.mark.parametrize(("images", "image_pixels"), [(1, 300), (3, 127), (2, 128), (2, 129), (40, 7), (150, 1)])
 def test_gates_of_many_images(cuda, images, image_pixels):
     g = torch.Generator().manual_seed(images)
-    check_raw(cuda, [make(g, images, image_pixels, 24, 16, HSWISH, gated=True)])
+    check_raw(cuda, [make(cuda, g, images, image_pixels, 24, 16, HSWISH, gated=True)])
 
 
+@of_both
 def test_group_of_different_depths(cuda):
     g = torch.Generator().manual_seed(5)
-    nodes = [make(g, 2, 70, hidden, 24, RELU, gated=hidden == 72) for hidden in (72, 8, 144, 330)]
+    nodes = [make(cuda, g, 2, 70, hidden, 24, RELU, gated=hidden == 72) for hidden in (72, 8, 144, 330)]
     check_raw(cuda, nodes)
 
 
+@of_both
 def test_far_means(cuda):
     """With mean / std = 300 in d little is left of it, but what is left must come through."""
     g = torch.Generator().manual_seed(6)
-    check_raw(cuda, [make(g, 2, 65, 96, 16, RELU6, mean=300.0)])
+    check_raw(cuda, [make(cuda, g, 2, 65, 96, 16, RELU6, mean=300.0)])
 
 
+@of_both
 def test_far_means_of_outputs(cuda):
     """Statistics of outputs that are 300 deviations from zero do not cancel."""
     g = torch.Generator().manual_seed(11)
-    node = make(g, 2, 350, 8, 16, LINEAR)
+    node = make(cuda, g, 2, 350, 8, 16, LINEAR)
     node["affine"][1, :8] += 300 * node["affine"][0, :8]
     node["weight"] = node["weight"].abs()
     y = run_raw(cuda, [node])[0][0].double()
@@ -188,6 +190,7 @@ def test_far_means_of_outputs(cuda):
 
 # A unit has several tiles above 384 pixels under emulation, above 2048 * 128 on a GPU. Weights stay in shared
 # memory, or come with every tile.
+@of_both
 @pytest.mark.parametrize(
     ("images", "image_pixels", "hidden", "channels"),
     [
@@ -205,9 +208,10 @@ def test_units_of_several_tiles(cuda, images, image_pixels, hidden, channels):
     g = torch.Generator().manual_seed(images)
     pixels = images * image_pixels
     assert cuda.maps.pointwise_units(pixels) < -(-pixels // 128) or cuda.device.type == "cuda"
-    check_raw(cuda, [make(g, images, image_pixels, hidden, channels, RELU6, gated=True)])
+    check_raw(cuda, [make(cuda, g, images, image_pixels, hidden, channels, RELU6, gated=True)])
 
 
+@of_both
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("channels", "with_residual"), [(21, True), (96, False), (168, True)])
 def test_known_statistics(cuda, channels, with_residual, activation):
@@ -226,7 +230,7 @@ def test_known_statistics_of_every_width(cuda, hidden, channels):
 
 def check_mapped(cuda, hidden, channels, activation, *, with_residual):
     g = torch.Generator().manual_seed(channels + activation)
-    node = make(g, 2, 70, hidden, channels, RELU)
+    node = make(cuda, g, 2, 70, hidden, channels, RELU)
     pixels, row = len(node["d"]), row_channels(channels)
     affine = padded_affine(random_affine(g, channels, activation, torch.ones(channels), 0.0), channels)
     residual = rows(torch.randn(pixels, channels, generator=g), cuda.dtype) if with_residual else None
@@ -250,7 +254,7 @@ def check_mapped(cuda, hidden, channels, activation, *, with_residual):
 def test_not_finite(cuda, value, activation):
     """A number of d that is not finite shows in its own pixel alone, and in the statistics."""
     g = torch.Generator().manual_seed(8)
-    node = make(g, 1, 140, 16, 16, activation)
+    node = make(cuda, g, 1, 140, 16, 16, activation)
     node["affine"][0] = node["affine"][0].abs()
     clean, _ = run_raw(cuda, [node])[0]
     node["d"][130, 3] = value
@@ -272,7 +276,7 @@ def test_not_finite(cuda, value, activation):
 def test_padding_stays_zero(cuda):
     """Even of pixels that are not finite."""
     g = torch.Generator().manual_seed(9)
-    node = make(g, 1, 20, 16, 11, RELU)
+    node = make(cuda, g, 1, 20, 16, 11, RELU)
     node["d"][7, 5] = float("nan")
     y, partials = run_raw(cuda, [node])[0]
     assert y[7, :11].isnan().all()
@@ -280,9 +284,10 @@ def test_padding_stays_zero(cuda):
     assert (partials[:, :3, 11:] == 0).all()
 
 
+@of_both
 def test_same_in_every_run(cuda):
     g = torch.Generator().manual_seed(10)
-    node = make(g, 1, 300, 80, 24, SILU)
+    node = make(cuda, g, 1, 300, 80, 24, SILU)
     (first, first_sums), (second, second_sums) = run_raw(cuda, [node])[0], run_raw(cuda, [node])[0]
-    assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
     assert torch.equal(first_sums, second_sums)

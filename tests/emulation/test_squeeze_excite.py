@@ -1,9 +1,10 @@
-"""csrc/cuda/squeeze_excite.cu against float64, of the same half-precision numbers."""
+"""csrc/cuda/squeeze_excite.cu against float64, of the same numbers."""
 
 import math
 
 import pytest
 import torch
+from precisions import of_both
 
 ACTIVATIONS = {
     "linear": lambda x: x,
@@ -22,8 +23,8 @@ def row_channels(channels):
 class Case:
     def __init__(self, cuda, generator, images, pixels, channels, activation, *, factor=True):
         row = row_channels(channels)
-        d = torch.zeros(images, pixels, row).half()
-        d[..., :channels] = (torch.randn(images, pixels, channels, generator=generator) * 3).half()
+        d = torch.zeros(images, pixels, row, dtype=cuda.stored)
+        d[..., :channels] = (torch.randn(images, pixels, channels, generator=generator) * 3).to(cuda.stored)
         power = torch.randint(-6, 7, (channels,), generator=generator).float().exp2()
         if not factor:
             power.fill_(1)
@@ -67,6 +68,7 @@ class Case:
 
 
 # 32 vectors of 8 channels to a block; pixels below, at and above what its threads have on the way at once.
+@of_both
 @pytest.mark.parametrize("channels", [1, 8, 16, 72, 250, 256, 257, 264, 520])
 @pytest.mark.parametrize("pixels", [1, 33])
 def test_widths(cuda, channels, pixels):
@@ -77,6 +79,7 @@ def test_widths(cuda, channels, pixels):
     case.check()
 
 
+@of_both
 @pytest.mark.parametrize("pixels", [127, 128, 129, 511, 512, 513, 3000])
 @pytest.mark.parametrize("activation", range(5))
 def test_pixels_and_activations(cuda, pixels, activation):
@@ -87,6 +90,7 @@ def test_pixels_and_activations(cuda, pixels, activation):
     case.check()
 
 
+@of_both
 def test_group(cuda):
     """Nodes of different sizes; a node's results are the same in any company, and in every run."""
     generator = torch.Generator().manual_seed(7)
@@ -103,6 +107,7 @@ def test_group(cuda):
         assert torch.equal(case.output(), together)
 
 
+@of_both
 @pytest.mark.parametrize("activation", range(5))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_stay_in_their_channel_and_image(cuda, activation, value):

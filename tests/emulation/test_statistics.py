@@ -265,7 +265,7 @@ def test_pointwise_affine(cuda, in_channels, channels):
     check_pointwise(cuda, in_channels, channels)
 
 
-@pytest.mark.parametrize("cuda", ["bf16", "fp16"], indirect=True)
+@pytest.mark.parametrize("cuda", ["bf16", "fp16", "fp32"], indirect=True)
 def test_pointwise_affine_of_many_channels(cuda):
     check_pointwise(cuda, 1024, 8)
 
