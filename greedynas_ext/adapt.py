@@ -78,8 +78,8 @@ def adapt(
                 found = cut(selection, traces)
             except (NotAChain, Untraceable) as error:
                 reason = str(error)
-    chain = None if found is None else chain_of(found, selection, supernet)
-    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify)
+    chain, inlined = (None, None) if found is None else chain_of(found, selection, supernet)
+    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify, inlined)
     if example is not None and verify:
         adapted.verify(arguments.check_images("example", example, None))
     return adapted

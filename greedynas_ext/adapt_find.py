@@ -184,7 +184,11 @@ class _Probe:
                 raise Untraceable("it is not used as a path")
             return length, base
         except Untraceable as error:
-            if self._kind in ("optional", "attribute") and endless.read == 0 and not isinstance(error.__cause__, _LengthNeeded):
+            if (
+                self._kind in ("optional", "attribute")
+                and endless.read == 0
+                and not isinstance(error.__cause__, _LengthNeeded)
+            ):
                 raise  # nothing speaks for a path here
             guesses = [endless.read - 1, endless.read]
             for length in [*(guess for guess in guesses if guess > 0), *range(1, _LONGEST)]:
@@ -235,7 +239,9 @@ def _held(base: tuple[Part, ...], other: tuple[Part, ...], supernet: Supernet) -
     for name in gone & come:
         module = supernet.modules.get(name)
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            found.add(options_in(module, name)[0])
+            options, candidates = options_in(module, name)
+            by_key = isinstance(module, nn.ModuleDict) and name in supernet.by_position
+            found.add(options if by_key else tuple(range(len(candidates))))
     return found.pop() if len(found) == 1 else None
 
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from greedynas_ext.adapt_build import folded
 from greedynas_ext.adapt_cut import Cut
 from greedynas_ext.adapt_find import Traces
+from greedynas_ext.adapt_parts import Part
 from greedynas_ext.adapt_select import ByFunction, Selection, kept_attributes
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.adapt_verify import disagreement
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
 
-_VERIFIED_IMAGES = 4
+_VERIFIED_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,14 @@ class AdaptedSupernet:
         chain: Chain | None,
         reason: str | None,
         verify: bool,
+        inlined: dict[str, tuple[Part, ...]] | None = None,
     ) -> None:
         self.module = supernet.module
         self.options = selection.options
         self.reason = reason
         self._selection, self._traces, self._found = selection, traces, found
         self._touches_module = isinstance(selection, ByFunction)  # a function may reach what it is not given
+        self._inlined = inlined or {}
         self._unverified = verify and chain is not None
         self._adapted_chain: Chain
         if chain is None:
@@ -183,6 +186,11 @@ class AdaptedSupernet:
         if self._found is None:
             return
         try:
+            for name, parts in self._inlined.items():
+                if self._supernet.inside(name) != parts:
+                    raise RuntimeError(
+                        f"supernet: {name}'s forward does something else than when it was adapted; call adapt again"
+                    )
             with kept_attributes(self.module) if self._touches_module else contextlib.nullcontext():
                 parts = self._traces.of(self._selection.of(path))
         except Untraceable as error:
@@ -196,7 +204,7 @@ class AdaptedSupernet:
         """Compares the chain, and what is recognised of it, with the supernet's own forward on a few of `images`.
 
         Args:
-            images: floating [N, C, H, W] on the supernet's device; 4 are used.
+            images: floating [N, C, H, W] on the supernet's device; 2 are used.
 
         Raises:
             ValueError: with the path or the operation, and the difference.

@@ -82,8 +82,7 @@ def test_attributes_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("reaches", ["what it is given", "the supernet itself"])
-@pytest.mark.parametrize("bn", ["batch", "running"])
-def test_a_function_that_selects(reaches: str, bn: str) -> None:
+def test_a_function_that_selects(reaches: str) -> None:
     net, sizes = make("proxyless"), FOREIGN["proxyless"].sizes
     before = state_of(net)
     view = adapt(
@@ -93,7 +92,7 @@ def test_a_function_that_selects(reaches: str, bn: str) -> None:
     )
     assert_same(before, state_of(net))
     assert (view.reason is None) == (reaches == "what it is given")
-    plan = check(view, net, sizes, after(set_mixed_edges), bn)
+    plan = check(view, net, sizes, after(set_mixed_edges))
     assert (plan.macs_fused > 0) == (view.reason is None)
 
 
