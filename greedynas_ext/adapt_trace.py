@@ -153,11 +153,12 @@ class Supernet:
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a text or None, or a container of such."""
     if type(value) in (list, tuple, set):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
     return isinstance(value, _PLAIN)
 
 
@@ -206,8 +207,8 @@ class Shadows:
         names = set()
         for module, shadow in self._pairs:
             mine, own = vars(shadow), vars(module)
-            ours = [key for key in mine if key not in _SHADOWED and _is_plain(mine[key])]
-            if any(key not in own or not _is_plain(own[key]) or mine[key] != own[key] for key in ours):
+            ours = [key for key in mine if key not in _SHADOWED and is_plain(mine[key])]
+            if any(key not in own or not is_plain(own[key]) or mine[key] != own[key] for key in ours):
                 names.add(self.supernet.names[id(module)])
         return names
 

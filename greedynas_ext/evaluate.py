@@ -121,7 +121,7 @@ def evaluate_paths(
     checked_paths = arguments.check_paths(paths, given)
     adapted = supernet if isinstance(supernet, AdaptedSupernet) else None
     if adapted is not None:
-        adapted.check_unchanged(checked_paths[0].tolist())
+        adapted.check_unchanged(checked_paths)
     chain, operations = given.planned(checked_paths)
     arguments.check_top_k(k, len(checked_paths))
     arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))

@@ -270,3 +270,29 @@ def test_an_argument_for_each_layer() -> None:
     view = adapt(net)
     assert view.reason is None
     check(view, net, (2, 2, 2), lambda net, images, path: net(images, *path))
+
+
+class Configured(nn.Module):
+    """A list and an argument that are no path, beside edges that choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2)
+        self.edges = nn.ModuleList([MixedEdge([mb(6, 6, k, 1, 2) for k in (3, 5)]) for _ in range(3)])
+        self.depths = [2, 1]
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, scales: Sequence[int] = (1, 1)) -> Tensor:
+        x, first = self.stem(x), 0
+        for depth, scale in zip(self.depths, scales, strict=True):
+            for edge in self.edges[first : first + depth]:
+                x = edge(x) * scale
+            first += depth
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_only_looks_like_a_path_is_none() -> None:
+    net = prepared(Configured())
+    view = adapt(net)
+    assert view.options == (([0], [1]),) * 3
+    check(view, net, (2, 2, 2), after(set_mixed_edges))
