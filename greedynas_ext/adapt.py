@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from greedynas_ext import arguments
 from greedynas_ext.adapt_build import chain_of
 from greedynas_ext.adapt_cut import NotAChain, cut
-from greedynas_ext.adapt_find import NotFound, Traces, by_argument, by_attributes, by_function
+from greedynas_ext.adapt_find import NotFound, Traces, by_argument, by_attribute
 from greedynas_ext.adapt_select import ByArgument, ByFunction, Selection, kept_attributes
+from greedynas_ext.adapt_switches import by_attributes, by_function
 from greedynas_ext.adapt_told import ToldLayer, told_layers
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.adapted import AdaptedSupernet
@@ -78,8 +79,8 @@ def adapt(
                 found = cut(selection, traces)
             except (NotAChain, Untraceable) as error:
                 reason = str(error)
-    chain = None if found is None else chain_of(found, selection, supernet)
-    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify)
+    chain, inlined = (None, None) if found is None else chain_of(found, selection, supernet)
+    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify, inlined)
     if example is not None and verify:
         adapted.verify(arguments.check_images("example", example, None))
     return adapted
@@ -109,10 +110,11 @@ def _selection(
         if told is not None and parameter is not None:
             return ByArgument(tuple(layer.options for layer in told), parameter), Traces(supernet), str(error)
         raise ValueError(f"module: {error}{_advice(supernet.module)}") from error
-    try:
-        return *by_attributes(supernet, told, select), None
-    except NotFound as error:
-        tried.append(str(error))
+    for find in (by_attributes, by_attribute):
+        try:
+            return *find(supernet, told, select), None
+        except NotFound as error:
+            tried.append(str(error))
     raise ValueError(
         f"module: expected a forward, or modules in it, with something that chooses; found none "
         f"({'; '.join(filter(None, tried))}){_advice(supernet.module)}"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
 from greedynas_ext.adapt_cut import Cut
-from greedynas_ext.adapt_parts import Call, Part, joined
+from greedynas_ext.adapt_parts import Part, joined
 from greedynas_ext.adapt_segment import module_of
 from greedynas_ext.adapt_select import Selection
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.arguments import Chain
+from greedynas_ext.fx_trace import Untraceable
 from greedynas_ext.recognise import Unrecognised, recognise_head, recognise_operation, recognise_stem
 
 _LONGEST = 12  # parts of a fixed block that is recognised
 
 
-def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> Chain:
-    """The chain that does what `found` says, for paths of the selection's columns."""
+def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> tuple[Chain, dict[str, tuple[Part, ...]]]:
+    """The chain that does what `found` says, for paths of the selection's columns, and `_Builder.inlined`."""
     builder = _Builder(supernet)
     stem, fixed = builder.stem(found.before)
     choices: list[tuple[nn.Module, ...]] = [(block,) for block in fixed]
@@ -32,19 +33,24 @@ def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> Chain:
             fixed, head = builder.head(layer.after)
         choices += [(block,) for block in fixed]
         columns += [None] * len(fixed)
-    return Chain(stem, tuple(choices), head, tuple(columns), selection.sizes, partly_fused=True)
+    chain = Chain(stem, tuple(choices), head, tuple(columns), selection.sizes, partly_fused=True)
+    return chain, builder.inlined
 
 
 class _Builder:
-    """Groups what does not depend on choices so that as much of it as may be is recognised."""
+    """Groups what does not depend on choices so that as much of it as may be is recognised.
+
+    Attributes:
+        inlined: modules in whose place stands what their forward does.
+    """
 
     def __init__(self, supernet: Supernet) -> None:
         self._supernet = supernet
+        self.inlined: dict[str, tuple[Part, ...]] = {}
 
     def stem(self, parts: Sequence[Part]) -> tuple[nn.Module, list[nn.Module]]:
         """The stem, and fixed blocks after it."""
-        spread = self._spread(parts)
-        for candidates in (parts, spread):
+        for candidates in self._as_it_is_and_spread(parts):
             for count in range(len(candidates), 0, -1):
                 stem = self._module(candidates[:count])
                 if not isinstance(recognise_stem(stem), Unrecognised):
@@ -54,8 +60,7 @@ class _Builder:
 
     def head(self, parts: Sequence[Part]) -> tuple[list[nn.Module], nn.Module]:
         """Fixed blocks, and the head after them."""
-        spread = self._spread(parts)
-        for candidates in (parts, spread):
+        for candidates in self._as_it_is_and_spread(parts):
             for start in range(len(candidates)):
                 head = self._module(candidates[start:])
                 if not isinstance(recognise_head(head), Unrecognised):
@@ -81,30 +86,36 @@ class _Builder:
                 start += 1
         return blocks + ([self._module(rest)] if rest else [])
 
+    def _as_it_is_and_spread(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        yield parts
+        yield self._spread(parts)
+
     def _module(self, parts: Sequence[Part]) -> nn.Module:
         return module_of(joined(list(parts)), self._supernet)
 
     def _spread(self, parts: Sequence[Part]) -> list[Part]:
-        """Calls of an nn.Sequential as calls of what is in it."""
+        """Calls of a module that is not recognised as calls of what is in it."""
         spread: list[Part] = []
         for part in parts:
-            call = part[0]
-            module = self._supernet.modules[call.target] if call.kind == "module" else None
-            plain = len(part) == 1 and call.args == (("value", 0),) and not call.kwargs
-            if plain and module is not None and type(module) is nn.Sequential and _only_calls_children(module):
-                children = [
-                    self._supernet.name_of(child, f"{call.target}.{key}") for key, child in module.named_children()
-                ]
-                spread += self._spread([(Call("module", name, (("value", 0),), ()),) for name in children])
-            else:
-                spread.append(part)
+            inner = self._inside(part[0].target) if _calls_one_module(part) else None
+            spread += [part] if inner is None else self._spread(inner)
         return spread
 
+    def _inside(self, name: str) -> tuple[Part, ...] | None:
+        module = self._supernet.modules[name]
+        if not module._modules or not isinstance(recognise_operation(module, None), Unrecognised):
+            return None
+        try:
+            inner = self._supernet.inside(name)
+        except Untraceable:
+            return None
+        self.inlined[name] = inner
+        return inner
 
-def _only_calls_children(module: nn.Sequential) -> bool:
-    replaced = "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None
-    unique = len({id(child) for child in module._modules.values()}) == len(module._modules)
-    return unique and not (replaced or module._forward_hooks or module._forward_pre_hooks)
+
+def _calls_one_module(part: Part) -> bool:
+    call = part[0]
+    return len(part) == 1 and call.kind == "module" and call.args == (("value", 0),) and not call.kwargs
 
 
 def folded(chain: Chain, layers: int) -> tuple[nn.Module, tuple[tuple[nn.Module, ...], ...], nn.Module]:

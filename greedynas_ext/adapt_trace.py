@@ -73,6 +73,7 @@ class Supernet:
         self.module, self.pick = module, pick
         self.names = {id(each): name for name, each in named_modules(module)}
         self.modules = dict(named_modules(module))
+        self.by_position: set[str] = set()  # dictionaries of modules that were indexed by a number in a trace
 
     def name_of(self, module: nn.Module, reached_as: str) -> str:
         """The name of a module; of one that was not registered at first, how it was reached."""
@@ -104,6 +105,10 @@ class Supernet:
             if not drawn:
                 return parts
         raise Untraceable("forward draws random numbers")
+
+    def inside(self, name: str) -> tuple[Part, ...]:
+        """What the forward of the module `name` does. Raises Untraceable."""
+        return self.trace(lambda shadow, images: shadow(images), frozenset([name]), self.modules[name])
 
     def _trace(self, run: Run, opened: frozenset[str], start: nn.Module) -> tuple[Part, ...]:
         tracer = _Tracer(fx.Graph())
@@ -148,11 +153,12 @@ class Supernet:
 _PLAIN = (type(None), bool, int, float, str)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a text or None, or a container of such."""
     if type(value) in (list, tuple, set):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
     return isinstance(value, _PLAIN)
 
 
@@ -177,7 +183,7 @@ class Shadows:
     """Shadows of a module and of those in it."""
 
     def __init__(self, supernet: Supernet, tracer: _Tracer, opened: frozenset[str]) -> None:
-        self._supernet, self._tracer, self._opened = supernet, tracer, opened
+        self.supernet, self._tracer, self._opened = supernet, tracer, opened
         self._made: dict[int, nn.Module] = {}
         self._own: set[int] = set()
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
@@ -188,7 +194,7 @@ class Shadows:
             return module
         if id(module) in self._made:
             return self._made[id(module)]
-        name = self._supernet.name_of(module, reached_as)
+        name = self.supernet.name_of(module, reached_as)
         shadow = self._made[id(module)] = object.__new__(type(module))
         self._own.add(id(shadow))
         self._pairs.append((module, shadow))
@@ -201,9 +207,9 @@ class Shadows:
         names = set()
         for module, shadow in self._pairs:
             mine, own = vars(shadow), vars(module)
-            ours = [key for key in mine if key not in _SHADOWED and _is_plain(mine[key])]
-            if any(key not in own or not _is_plain(own[key]) or mine[key] != own[key] for key in ours):
-                names.add(self._supernet.names[id(module)])
+            ours = [key for key in mine if key not in _SHADOWED and is_plain(mine[key])]
+            if any(key not in own or not is_plain(own[key]) or mine[key] != own[key] for key in ours):
+                names.add(self.supernet.names[id(module)])
         return names
 
     def _attributes(self, module: nn.Module, name: str) -> dict[str, Any]:
@@ -276,6 +282,7 @@ class _Children(dict[Any, Any]):
 
     def _key(self, key: Any) -> Any:
         if self._by_position and isinstance(key, int):
+            self._shadows.supernet.by_position.add(self._prefix.removesuffix("."))
             return list(self)[key]
         return key
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from greedynas_ext.adapt_build import folded
 from greedynas_ext.adapt_cut import Cut
 from greedynas_ext.adapt_find import Traces
-from greedynas_ext.adapt_select import ByFunction, Selection, kept_attributes
+from greedynas_ext.adapt_parts import Part
+from greedynas_ext.adapt_select import Selection, kept_attributes
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.adapt_verify import disagreement
+from greedynas_ext.adapt_watch import Watch
 from greedynas_ext.arguments import Chain
-from greedynas_ext.fx_trace import Untraceable
 
-_VERIFIED_IMAGES = 4
+_VERIFIED_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class AdaptedSupernet:
         chain: Chain | None,
         reason: str | None,
         verify: bool,
+        inlined: dict[str, tuple[Part, ...]] | None = None,
     ) -> None:
         self.module = supernet.module
         self.options = selection.options
         self.reason = reason
-        self._selection, self._traces, self._found = selection, traces, found
-        self._touches_module = isinstance(selection, ByFunction)  # a function may reach what it is not given
+        self._selection = selection
         self._unverified = verify and chain is not None
         self._adapted_chain: Chain
         if chain is None:
@@ -103,11 +103,7 @@ class AdaptedSupernet:
             )
         else:
             self._adapted_chain = chain
-        self._children = {
-            name: dict(module._modules)
-            for name, module in supernet.modules.items()
-            if name in traces.opened or type(module).forward is nn.Module.forward or type(module) is nn.Sequential
-        }
+        self._watch = Watch(supernet, selection, traces, found, inlined or {})
         self._supernet = supernet
 
     def __repr__(self) -> str:
@@ -172,31 +168,15 @@ class AdaptedSupernet:
     def _run(self, path: Sequence[int], images: Any) -> Any:
         return self._supernet.pick(self._selection.run(self.module, images, path))
 
-    def check_unchanged(self, path: Sequence[int]) -> None:
-        """Raises RuntimeError where the supernet's structure, or what its forward does for `path`, has changed."""
-        for name, children in self._children.items():
-            if self._supernet.modules[name]._modules != children:
-                raise RuntimeError(
-                    f"supernet: expected the modules that it had when it was adapted, but in {name or 'it'!r} some "
-                    f"were added, removed or replaced; call adapt again"
-                )
-        if self._found is None:
-            return
-        try:
-            with kept_attributes(self.module) if self._touches_module else contextlib.nullcontext():
-                parts = self._traces.of(self._selection.of(path))
-        except Untraceable as error:
-            raise RuntimeError(f"supernet: its forward has changed since adapt: {error}") from error
-        if parts != self._found.parts(path):
-            raise RuntimeError(
-                f"supernet: on path {list(path)} forward does something else than when it was adapted; call adapt again"
-            )
+    def check_unchanged(self, paths: Tensor) -> None:
+        """Raises RuntimeError where the supernet's structure, or what its forward does for `paths`, has changed."""
+        self._watch.check(paths.tolist())
 
     def verify(self, images: Tensor) -> None:
         """Compares the chain, and what is recognised of it, with the supernet's own forward on a few of `images`.
 
         Args:
-            images: floating [N, C, H, W] on the supernet's device; 4 are used.
+            images: floating [N, C, H, W] on the supernet's device; 2 are used.
 
         Raises:
             ValueError: with the path or the operation, and the difference.

@@ -147,7 +147,7 @@ def planned(supernet: SupernetLike, given: Chain, paths: Tensor) -> tuple[Chain,
     `given`: Chain.of(supernet).
     """
     if isinstance(supernet, AdaptedSupernet):
-        supernet.check_unchanged(paths[0].tolist())
+        supernet.check_unchanged(paths)
     return given.planned(paths)
 
 

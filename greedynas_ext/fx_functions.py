@@ -28,6 +28,7 @@ _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), "dropout"),
     **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), "dropout"),
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
+    F.avg_pool2d: "avg_pool2d",
     torch.mean: "mean",
     torch.flatten: "flatten",
     torch.reshape: "reshape",
@@ -138,6 +139,23 @@ class Functions(StepList):
     def _adaptive_avg_pool2d(self, input: Any, output_size: Any) -> Any:
         size = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
         self.check("output size 1", size == (1, 1), output_size)
+        return self._mean(input, (2, 3), True)
+
+    def _avg_pool2d(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        # Both sides: a pooling by one of them is a mean over the image only where that is square.
+        whole = kernel_size == getattr(input, "shape", ())[2:] and len(kernel_size) == 2
+        self.check("the size of the image", whole, kernel_size)
+        self.check("no padding", padding in (0, (0, 0)), padding)
+        self.check("no divisor_override", divisor_override is None, divisor_override)
         return self._mean(input, (2, 3), True)
 
     def _mean(self, input: Any, dim: Any = None, keepdim: bool = False) -> Any:

@@ -18,7 +18,17 @@ def read_steps(trace: Trace, in_channels: int | None) -> Steps:
     Raises:
         Mismatch: naming what is no such step, or a result that nobody uses.
     """
-    return _Reader(trace, in_channels).read()
+    return _Reader(trace, _channels_read(trace) if in_channels is None else in_channels).read()
+
+
+def _channels_read(trace: Trace) -> int | None:
+    """How many channels the first convolution of the input reads."""
+    for node in trace.graph.nodes:
+        module = trace.leaves.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d) and node.args[0].op == "placeholder":
+            weight = module._parameters.get("weight")
+            return None if weight is None else int(weight.shape[1] * module.groups)
+    return None
 
 
 class _Reader(Functions):

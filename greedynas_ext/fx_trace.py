@@ -245,14 +245,34 @@ class ValueTracer(GraphAppendingTracer):
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A symbol that passes for a tensor."""
-        return _Value(node, self)
+        """A symbol that passes for a tensor, or one that stands for a size and does not.
+
+        Where torch reads a size, what passes for a tensor would be taken for one and crash the process.
+        """
+        return fx.Proxy(node, self) if _is_size(node) else _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
         """Raises Untraceable for a tensor."""
         if not issubclass(type(a), fx.Proxy) and isinstance(a, Tensor):
             raise Untraceable("forward uses a tensor other than its input outside Conv2d, BatchNorm2d and Linear")
         return super().create_arg(a)
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node gives a tensor's shape, or what is computed of it alone."""
+    if "is_size" not in node.meta:
+        node.meta["is_size"] = _gives_size(node)
+    return bool(node.meta["is_size"])
+
+
+def _gives_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel", "stride", "element_size", "__len__")
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1:] in (("shape",), ("ndim",), ("dtype",), ("device",))
+    return bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
 
 
 class Recorder(TorchFunctionMode):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_supernets import FOREIGN, covering, make, own_losses
+import torch.nn.functional as F
+from foreign_supernets import FOREIGN, HandSwish, InvertedResidual, by_argument, covering, make, mb, own_losses
 from supernets import draw_images, relative_error
-from torch import nn
+from torch import Tensor, nn
 
 from greedynas_ext import AdaptedSupernet, adapt, evaluate_paths
 
@@ -110,4 +111,83 @@ def test_the_view_is_a_chain(name: str) -> None:
     paths, (images, targets) = covering(foreign.sizes), draw_images(3, 20)
     result = evaluate_paths(Plain(view), paths, images, targets, per_image=True)
     expected = own_losses(net, foreign.run, paths, images, targets)
+    assert relative_error(result.image_losses, expected) < FP64
+
+
+class Stage(nn.Module):
+    """Two fixed blocks in a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = InvertedResidual(6, 6, 3, 1, 2), InvertedResidual(6, 6, 5, 1, 2)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x)) if self.scale == 1.0 else self.one(x)
+
+
+class Tail(nn.Module):
+    """A fixed block, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = InvertedResidual(6, 8, 3, 2, 3)
+        self.conv, self.bn, self.act = nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), HandSwish()
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(self.block(x))))
+        return self.fc(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+
+class Staged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), Stage())
+        self.layers = nn.ModuleList(nn.ModuleList([mb(6, 6, k, 1, 2) for k in (3, 5)]) for _ in range(2))
+        self.stage, self.tail = Stage(), Tail()
+
+    def forward(self, x: Tensor, path: Any) -> Tensor:
+        x = self.layers[0][path[0]](self.stem(x))
+        return self.tail(self.layers[1][path[1]](self.stage(x)))
+
+
+def test_fixed_blocks_in_modules_of_their_own_run_fused() -> None:
+    net = Staged().double()
+    view, paths = adapt(net), covering((2, 2))
+    images, targets = draw_images(4, 20)
+    result = evaluate_paths(view, paths, images, targets, per_image=True, fused=True)
+    assert result.plan.macs_fused == result.plan.macs_computed
+    assert result.plan.num_layers == 2
+    expected = own_losses(net, by_argument, paths, images, targets)
+    assert relative_error(result.image_losses, expected) < FP64
+    net.stage.scale = 0.5
+    with pytest.raises(RuntimeError, match="stage's forward does something else than when it was adapted"):
+        evaluate_paths(view, paths, images, targets)
+
+
+class ByText(nn.Module):
+    """Keys of a dictionary made of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+        self.ops = nn.ModuleList(
+            nn.ModuleDict({f"op{n}": mb(6, 6, k, 1, 2) for n, k in enumerate((3, 5))}) for _ in "ab"
+        )
+
+    def forward(self, x: Tensor, path: Any) -> Tensor:
+        x = self.stem(x)
+        for number, op in enumerate(path):
+            x = self.ops[number][f"op{op + 0}"](x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_keys_made_of_positions() -> None:
+    net = ByText().double()
+    view, paths = adapt(net), covering((2, 2))
+    assert view.options == ((0, 1), (0, 1))
+    images, targets = draw_images(4, 20)
+    result = evaluate_paths(view, paths, images, targets, per_image=True)
+    expected = own_losses(net, by_argument, paths, images, targets)
     assert relative_error(result.image_losses, expected) < FP64

@@ -82,8 +82,7 @@ def test_attributes_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("reaches", ["what it is given", "the supernet itself"])
-@pytest.mark.parametrize("bn", ["batch", "running"])
-def test_a_function_that_selects(reaches: str, bn: str) -> None:
+def test_a_function_that_selects(reaches: str) -> None:
     net, sizes = make("proxyless"), FOREIGN["proxyless"].sizes
     before = state_of(net)
     view = adapt(
@@ -93,7 +92,7 @@ def test_a_function_that_selects(reaches: str, bn: str) -> None:
     )
     assert_same(before, state_of(net))
     assert (view.reason is None) == (reaches == "what it is given")
-    plan = check(view, net, sizes, after(set_mixed_edges), bn)
+    plan = check(view, net, sizes, after(set_mixed_edges))
     assert (plan.macs_fused > 0) == (view.reason is None)
 
 
@@ -271,3 +270,29 @@ def test_an_argument_for_each_layer() -> None:
     view = adapt(net)
     assert view.reason is None
     check(view, net, (2, 2, 2), lambda net, images, path: net(images, *path))
+
+
+class Configured(nn.Module):
+    """A list and an argument that are no path, beside edges that choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2)
+        self.edges = nn.ModuleList([MixedEdge([mb(6, 6, k, 1, 2) for k in (3, 5)]) for _ in range(3)])
+        self.depths = [2, 1]
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, scales: Sequence[int] = (1, 1)) -> Tensor:
+        x, first = self.stem(x), 0
+        for depth, scale in zip(self.depths, scales, strict=True):
+            for edge in self.edges[first : first + depth]:
+                x = edge(x) * scale
+            first += depth
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_only_looks_like_a_path_is_none() -> None:
+    net = prepared(Configured())
+    view = adapt(net)
+    assert view.options == (([0], [1]),) * 3
+    check(view, net, (2, 2, 2), after(set_mixed_edges))

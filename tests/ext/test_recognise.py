@@ -340,6 +340,14 @@ class Head(nn.Module):
             return self.fc(y.mean((2, 3), keepdim=True).reshape((-1, 9)))
         if self.how == "squeeze":
             return self.fc(torch.squeeze(y.mean((2, 3), True), (2, 3)))
+        if self.how == "average":
+            return self.fc(F.avg_pool2d(y, kernel_size=y.shape[2:]).view(-1, 9))
+        if self.how == "average of a size":
+            return self.fc(F.avg_pool2d(y, y.size()[2:], stride=1).flatten(1))
+        if self.how == "average of another size":
+            return self.fc(F.avg_pool2d(y, y.shape[3]).flatten(1))
+        if self.how == "average of 7":
+            return self.fc(nn.AvgPool2d(7)(y).flatten(1))
         if self.how == "two means":
             return self.fc(y.mean(3).mean(2))
         if self.how == "two other means":
@@ -361,7 +369,10 @@ class Head(nn.Module):
         return self.fc(y.mean((3, 2)))
 
 
-@pytest.mark.parametrize("how", ["view", "reshape", "squeeze", "flatten", "mean", "two means", "two other means"])
+@pytest.mark.parametrize(
+    "how",
+    ["view", "reshape", "squeeze", "flatten", "mean", "two means", "two other means", "average", "average of a size"],
+)
 def test_heads(how: str) -> None:
     module = filled(Head(how))
     weights = recognise_head(module)
@@ -378,6 +389,8 @@ def test_heads(how: str) -> None:
         ("other view", "view: expected one value for each image and channel"),
         ("other dimensions", "mean: expected a mean over dimensions 2 and 3"),
         ("doubled", "mean: "),
+        ("average of another size", "avg_pool2d: expected the size of the image"),
+        ("average of 7", "avg_pool2d: expected the size of the image, got 7"),
         ("one mean", "fc: expected an activation or a mean, got mean"),
         ("the same mean twice", "mean: expected a mean over the other side"),
     ],
