@@ -227,10 +227,10 @@ def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_precision(precision: str | None, device: torch.device) -> None:
-    """`precision` is one that is computed on `device`, the supernet's."""
+def check_precision(precision: str | None, device: torch.device | None) -> None:
+    """`precision` is one that is computed, and on `device`, the supernet's, where that is known."""
     check_one_of("precision", precision, (None, "fp32", "bf16", "fp16"))
-    if precision == "fp16" and device.type != "cuda":
+    if precision == "fp16" and device is not None and device.type != "cuda":
         raise ValueError(
             f"precision: expected None, 'fp32' or 'bf16' for a supernet on {device} ('fp16' is computed on GPUs), got "
             f"'fp16'"

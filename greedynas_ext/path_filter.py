@@ -99,7 +99,7 @@ class PathFilter:
         bn: Literal["batch", "running", "recalibrated"] = "batch",
         calibration: Tensor | None = None,
         label_smoothing: float = 0.0,
-        precision: Literal["fp32", "bf16"] | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] | None = None,
         max_memory: int | None = None,
         micro_batch: int | None = None,
         fused: bool | None = None,
@@ -123,7 +123,8 @@ class PathFilter:
         if stop_interval is None:
             stop_interval = math.ceil(3 * pool_size / self.m)
         self.stop_interval = check_stop_interval(stop_interval, self.m, pool_size)
-        check_options(bn, calibration, label_smoothing, precision, max_memory)
+        check_options(bn, calibration, label_smoothing, max_memory)
+        arguments.check_precision(precision, None)
         arguments.check_positive("micro_batch", micro_batch)
         self._options: dict[str, Any] = {
             "bn": bn,
