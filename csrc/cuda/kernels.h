@@ -294,7 +294,7 @@ struct PackPointwise {
   const float* weight;   // [rows][in][taps]; null: the identity matrix
   WeightOf<T>* packed;   // written [row_channels(rows)][packed_columns], a row as [taps][in], zeros behind
   float* stored_factor;  // written [row_channels(rows)]: the powers of two that bring a row's largest weight
-                         // to [0.5, 1), and that rows are multiplied by; null: they are not
+                         // to [1/32, 1/16), and that rows are multiplied by; null: they are not
   int rows, in_channels, taps, packed_columns;
 };
 template <typename T>

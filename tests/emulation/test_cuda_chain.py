@@ -284,6 +284,22 @@ def test_activations_beyond_half_precision_are_infinite(on_device: Any) -> None:
     assert losses.isfinite().tolist() == [False, True]
 
 
+@of_halves
+def test_images_of_any_scale(on_device: Any) -> None:
+    """The stem's sums stay within half precision for images of some thousands, and of some thousandths."""
+    net = make_net("e3k3 id")
+    net.stem[0].weight.data.abs_()
+    for module in net.stem.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-20
+    images, targets = draw(5)
+    paths = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]])
+    for scale in (1e-3, 3e3):
+        scaled = images * scale
+        expected = exact_losses(net, paths, scaled, targets, per_image=True)
+        check(on_device(net, paths, scaled, targets, per_image=True), expected)
+
+
 def test_which_precision_a_supernet_on_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {dtype: fused.fused_precision(dtype, None, "cuda") for dtype in (torch.float16, torch.bfloat16)}
     assert found == {torch.float16: "fp16", torch.bfloat16: "bf16"}

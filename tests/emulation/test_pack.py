@@ -142,7 +142,7 @@ def test_pointwise(cuda):
 
 @of_all
 def test_pointwise_multiplied_by_powers_of_two(cuda):
-    """As projections are: the largest weight of a row comes to [0.5, 1)."""
+    """The largest weight of a row comes to [1/32, 1/16)."""
     generator = torch.Generator().manual_seed(5)
     runs = []
     for rows, in_channels, taps, offset in POINTWISE:
@@ -167,7 +167,7 @@ def test_pointwise_multiplied_by_powers_of_two(cuda):
     for _, values, columns, output, stored, _ in runs:
         rows = len(values)
         matrix = values.transpose(1, 2).flatten(1)
-        power = factor_to(matrix.abs().amax(1), 0)
+        power = factor_to(matrix.abs().amax(1), -4)
         expected = (matrix * power[:, None]).to(cuda.dtype)
         assert_same(unguarded(output, row_channels(rows), columns), padded(expected, row_channels(rows), columns))
         assert_same(unguarded(stored, row_channels(rows)), padded(power, row_channels(rows), fill=1.0))
