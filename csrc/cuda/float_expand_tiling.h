@@ -57,15 +57,12 @@ inline Layout layout_of(const Shape& s, const Tiling& t, int stage_bytes) {
   return l;
 }
 
-struct Device {
-  int shared_bytes;  // of a block
-};
-
-// Instructions of a block's warps per output, in units of fused multiply-adds; 0 if the tiling does not fit.
-inline double cost_of(const Shape& s, const Tiling& t, const Device& device, int stage_bytes) {
+// Instructions of a block's warps per output, in units of fused multiply-adds; 0 if the tiling does not fit
+// into `shared_bytes` of a block.
+inline double cost_of(const Shape& s, const Tiling& t, int shared_bytes, int stage_bytes) {
   constexpr int kSystem = 1024, kStatic = 512;
   const Layout l = layout_of(s, t, stage_bytes);
-  if (l.bytes + kStatic > device.shared_bytes) return 0;
+  if (l.bytes + kStatic > shared_bytes) return 0;
   const int halo = s.kernel - s.stride, item = item_rows(s.stride);
   const int width = std::min(t.cols * s.stride + halo, s.width), steps = ceil_div(s.out_height, t.step);
   const double loads = (item * s.stride + halo) * (kCols * s.stride + halo);
@@ -82,19 +79,19 @@ inline double cost_of(const Shape& s, const Tiling& t, const Device& device, int
     work += (items + round_up(items, kWarps)) / 2. * item_work;
     work += kWarps * (200. + ceil_div(std::max(pixels, 1), 128) * ceil_div(s.in_channels, 16) * 30.);
   }
-  const int resident = (device.shared_bytes + kSystem) / (l.bytes + kStatic + kSystem);
+  const int resident = (shared_bytes + kSystem) / (l.bytes + kStatic + kSystem);
   const double idle = resident >= 4 ? 1. : resident == 3 ? 1.06 : resident == 2 ? 1.2 : 1.7;
   const double columns =
       static_cast<double>(s.out_width) / ceil_div(s.out_width, t.cols);  // of a block, on average
   return work * idle / (t.images * s.out_height * columns);
 }
 
-inline Tiling best_tiling(const Shape& s, const Device& device, int stage_bytes) {
+inline Tiling best_tiling(const Shape& s, int shared_bytes, int stage_bytes) {
   const int item = item_rows(s.stride);
   Tiling best{1, std::min(kCols, s.out_width), item};
   double lowest = 0;
   const auto consider = [&](const Tiling& t) {
-    const double cost = cost_of(s, t, device, stage_bytes);
+    const double cost = cost_of(s, t, shared_bytes, stage_bytes);
     if (cost > 0 && (lowest == 0 || cost < lowest)) {
       lowest = cost;
       best = t;

@@ -15,8 +15,8 @@ namespace greedynas::cuda {
 
 inline constexpr int kProductThreads = 128;
 
-// Before 8.0 copies to shared memory go through registers, which are a block's fewer then.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Before 9.0 the same code takes more registers, most of all where copies to shared memory go through them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr int kBlocksFewer = 1;
 #else
 inline constexpr int kBlocksFewer = 0;
