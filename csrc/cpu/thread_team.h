@@ -1,7 +1,6 @@
 // A ParallelFor on threads of its own, for programs without torch.
 #pragma once
 
-#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
