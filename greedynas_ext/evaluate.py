@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from greedynas_ext import arguments
 from greedynas_ext.arguments import Chain, SupernetLike
+from greedynas_ext.checks import check_probability
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.fused_cuda import CudaEngine, unsupported
@@ -133,7 +134,7 @@ def check_options(
     arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
     arguments.check_one_of("precision", precision, (None, "fp32", "bf16"))
     arguments.check_positive("max_memory", max_memory)
-    arguments.check_fraction("label_smoothing", label_smoothing)
+    check_probability("label_smoothing", label_smoothing)
     if (calibration is not None) != (bn == "recalibrated"):
         came = "None" if calibration is None else "a value"
         raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
