@@ -6,13 +6,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from greedynas_ext.checks import check_count, describe
+from greedynas_ext.path_checks import check_path_tensor
 
 Operation: TypeAlias = Callable[[Tensor], Tensor]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -170,47 +171,11 @@ def _check_visible(name: str, part: Any) -> None:
 
 
 def check_paths(given: Any, chain: Chain) -> Tensor:
-    """`given` as a contiguous int64 CPU tensor [m, layers], every index within its layer."""
-    layers = len(chain.sizes)
-    expected = f"paths: expected int64 [m, {layers}] (an operation index for each layer)"
-    if isinstance(given, Tensor):
-        paths = given
-    elif isinstance(given, np.ndarray):
-        if given.dtype != np.int64:
-            raise TypeError(f"{expected}, got {given.dtype} {list(given.shape)}")
-        paths = torch.from_numpy(given.copy())
-    else:
-        rows = list(given) if isinstance(given, Iterable) else None
-        if rows is None:
-            raise TypeError(f"{expected}, got {type(given).__name__}")
-        lengths = sorted({len(row) if isinstance(row, Sequence | Tensor) else -1 for row in rows})
-        if lengths and lengths != [layers]:
-            came = "a flat list" if lengths[0] < 0 else f"{len(rows)} paths of length {lengths}"
-            raise ValueError(f"{expected}, got {came}")
-        paths = torch.tensor([[_index(op, expected) for op in row] for row in rows], dtype=torch.int64, device="cpu")
-        paths = paths.reshape(len(rows), layers)
-    if paths.dtype != torch.int64:
-        raise TypeError(f"{expected}, got {_dtype(paths)} {list(paths.shape)}")
-    if paths.dim() != 2 or paths.shape[1] != layers or paths.shape[0] == 0:
-        raise ValueError(f"{expected} with m >= 1, got int64 {list(paths.shape)}")
-    paths = paths.detach().cpu().contiguous()
-    sizes = torch.tensor(chain.sizes, device="cpu")
-    wrong = ((paths < 0) | (paths >= sizes)).nonzero()
-    if len(wrong):
-        path, layer = wrong[0].tolist()
-        raise ValueError(
-            f"paths: expected indices in [0, {int(sizes[layer])}) in layer {layer}, got "
-            f"{int(paths[path, layer])} in path {path}"
-        )
+    """`given` as a contiguous int64 CPU tensor [m, layers] with m >= 1, every index within its layer."""
+    paths = check_path_tensor("paths", given, chain.sizes)
+    if not len(paths):
+        raise ValueError(f"paths: expected int64 [m, {paths.shape[1]}] with m >= 1, got none")
     return paths
-
-
-def _index(op: Any, expected: str) -> int:
-    if isinstance(op, bool) or not hasattr(op, "__index__"):
-        raise TypeError(f"{expected}, got an entry {op!r}")
-    if not -(2**63) <= int(op) < 2**63:
-        raise ValueError(f"{expected}, got an entry {op!r}")
-    return int(op)
 
 
 def check_top_k(k: Any, num_paths: int) -> None:
@@ -237,20 +202,10 @@ def check_precision(precision: str | None, device: torch.device | None) -> None:
         )
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """`value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
-    if not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
-
-
 def check_positive(name: str, value: Any) -> None:
     """`value` is None or a positive int."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value is not None:
+        check_count(name, value, 1)
 
 
 def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
@@ -258,7 +213,7 @@ def check_images(name: str, images: Any, device: torch.device | None) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {type(images).__name__}")
     if not images.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {_dtype(images)} {list(images.shape)}")
+        raise TypeError(f"{name}: expected a floating tensor [N, C, H, W], got {describe(images)}")
     if images.dim() != 4 or images.numel() == 0:
         raise ValueError(f"{name}: expected [N, C, H, W] with no empty dimension, got {list(images.shape)}")
     if device is not None and images.device != device:
@@ -286,7 +241,7 @@ def check_targets(targets: Any, images: Tensor) -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"{expected}, got {type(targets).__name__}")
     if targets.dtype != torch.int64:
-        raise TypeError(f"{expected}, got {_dtype(targets)} {list(targets.shape)}")
+        raise TypeError(f"{expected}, got {describe(targets)}")
     if targets.shape != (len(images),):
         raise ValueError(f"{expected}, got int64 {list(targets.shape)}")
     if targets.device != images.device:
@@ -324,7 +279,3 @@ def iterate_batches(
         count += 1
     if count == 0:
         raise ValueError("images: expected at least one batch, got an empty iterable")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

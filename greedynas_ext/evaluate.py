@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from greedynas_ext import arguments
 from greedynas_ext.adapted import AdaptedSupernet, WholeSupernet
 from greedynas_ext.arguments import Chain, SupernetLike
+from greedynas_ext.checks import check_probability
 from greedynas_ext.fused import FusedEngine, fused_precision, refused
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.fused_cuda import CudaEngine, unsupported
@@ -155,7 +156,7 @@ def check_options(bn: object, calibration: object, label_smoothing: object, max_
     """Raises TypeError and ValueError for what an evaluation cannot be asked for."""
     arguments.check_one_of("bn", bn, ("batch", "running", "recalibrated"))
     arguments.check_positive("max_memory", max_memory)
-    arguments.check_fraction("label_smoothing", label_smoothing)
+    check_probability("label_smoothing", label_smoothing)
     if (calibration is not None) != (bn == "recalibrated"):
         came = "None" if calibration is None else "a value"
         raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from greedynas_ext.checks import check_count, check_index, check_number, describe
@@ -68,6 +69,36 @@ def check_paths(name: str, paths: Any, length: int | None, num_choices: Sequence
     for i, row in enumerate(rows):
         checked.append(check_path(f"{name}[{i}]", row, length, num_choices))
         length = len(checked[0])
+    return checked
+
+
+def check_path_tensor(name: str, paths: Any, num_choices: Sequence[int]) -> torch.Tensor:
+    """Returns m paths, m >= 0, as a contiguous int64 CPU tensor [m, L]; many at once cost no Python a path.
+
+    Args:
+        name: what the errors call them.
+        paths: int64 [m, L], a tensor or a NumPy array, or nested sequences of ints.
+        num_choices: how many operations each of the L layers has.
+
+    Raises:
+        TypeError: `paths` is none of these.
+        ValueError: another shape, or an index out of range.
+    """
+    length = len(num_choices)
+    if isinstance(paths, np.ndarray):
+        try:
+            paths = torch.from_numpy(paths.copy())
+        except TypeError:  # of strings or objects
+            raise TypeError(f"{name}: expected int64 [m, {length}], got {paths.dtype} {list(paths.shape)}") from None
+    if not isinstance(paths, torch.Tensor):
+        rows = check_paths(name, paths, length, num_choices)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
+    _check_tensor(name, paths, 2, length)
+    checked = paths.detach().cpu().contiguous()
+    wrong = ((checked < 0) | (checked >= torch.tensor(num_choices, device="cpu"))).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        check_path(f"{name}[{row}]", checked[row], length, num_choices)  # which raises the error
     return checked
 
 

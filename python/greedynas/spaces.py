@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from greedynas.costs import CostTable, cost_table
 from greedynas.layers import Layer, Operation
-from greedynas.path_tensors import check_path_tensor
 from greedynas_ext.checks import check_count
+from greedynas_ext.path_checks import check_path, check_path_tensor
 
 __all__ = ["ACTIVATIONS", "Layer", "Operation", "Space", "available_spaces", "get_space"]
 
@@ -158,7 +159,7 @@ class Space:
             TypeError: if the dtype is not int64 (or the elements are not integers).
             ValueError: if the shape is not ``[L]`` or an index is out of range.
         """
-        return tuple(check_path_tensor(path, argument, self.num_layers, self.num_operations, dims=(1,)).tolist())
+        return check_path(argument, path, self.num_layers, self._num_choices)
 
     def check_paths(self, paths: Tensor | Sequence[Any], *, argument: str = "paths") -> Tensor:
         """Check m paths and return them as an int64 tensor ``[m, L]`` in CPU memory; m may be 0.
@@ -171,7 +172,7 @@ class Space:
             TypeError: if the dtype is not int64 (or the elements are not integers).
             ValueError: if the shape is not ``[m, L]`` or an index is out of range.
         """
-        return check_path_tensor(paths, argument, self.num_layers, self.num_operations, dims=(2,))
+        return check_path_tensor(argument, paths, self._num_choices)
 
     @overload
     def macs(self, path: Sequence[int], resolution: int | None = None) -> int: ...
@@ -226,6 +227,10 @@ class Space:
             self._cost_tables[resolution] = cost_table(self, resolution)
         return self._cost_tables[resolution]
 
+    @property
+    def _num_choices(self) -> tuple[int, ...]:
+        return (self.num_operations,) * self.num_layers
+
     @cached_property
     def _cost_tables(self) -> dict[int, CostTable]:
         return {}
@@ -235,10 +240,18 @@ class Space:
         return {op.name: index for index, op in enumerate(self.operations)}
 
     def _sum(self, path: Tensor | Sequence[Any], fixed: int, table: Tensor) -> int | list[int]:
-        tensor = check_path_tensor(path, "path", self.num_layers, self.num_operations, dims=(1, 2))
-        entries = table.gather(1, tensor.reshape(-1, self.num_layers).T)  # [L, m]
+        single = _is_single(path)
+        tensor = torch.tensor([self.check_path(path)]) if single else self.check_paths(path, argument="path")
+        entries = table.gather(1, tensor.T)  # [L, m]
         totals = (entries.sum(0) + fixed).tolist()
-        return cast(list[int], totals) if tensor.dim() == 2 else int(totals[0])
+        return int(totals[0]) if single else cast(list[int], totals)
+
+
+def _is_single(path: Tensor | Sequence[Any]) -> bool:
+    """Whether `path` is one path and not m of them, if it is any."""
+    if isinstance(path, Tensor | np.ndarray):
+        return path.ndim < 2
+    return not (isinstance(path, Sequence) and len(path) and isinstance(path[0], Sequence | Tensor | np.ndarray))
 
 
 def _operations(names: str) -> tuple[Operation, ...]:

@@ -30,8 +30,8 @@ def call(net: Any, paths: Any = PATHS, images: Any = IMAGES, targets: Any = TARG
 
 
 PATH_ERRORS = [
-    (torch.zeros(2, 3, dtype=torch.int64), ValueError, r"expected int64 \[m, 2\] .* with m >= 1, got int64 \[2, 3\]"),
-    (torch.zeros(0, 2, dtype=torch.int64), ValueError, r"got int64 \[0, 2\]"),
+    (torch.zeros(2, 3, dtype=torch.int64), ValueError, r": expected int64 \[m, 2\] .* got int64 \[2, 3\]"),
+    (torch.zeros(0, 2, dtype=torch.int64), ValueError, r": expected int64 \[m, 2\] with m >= 1, got none"),
     (torch.zeros(2, dtype=torch.int64), ValueError, r"got int64 \[2\]"),
     (torch.zeros(1, 1, 2, dtype=torch.int64), ValueError, r"got int64 \[1, 1, 2\]"),
     (torch.zeros(2, 2), TypeError, r"expected int64 \[m, 2\] .*, got float32 \[2, 2\]"),
@@ -40,26 +40,26 @@ PATH_ERRORS = [
     (np.zeros((2, 2)), TypeError, r"got float64 \[2, 2\]"),
     (np.zeros((2, 2), np.uint64), TypeError, r"got uint64 \[2, 2\]"),
     (np.zeros((2, 3), np.int64), ValueError, r"got int64 \[2, 3\]"),
-    ([[0, 0], [0, 3]], ValueError, r"expected indices in \[0, 3\) in layer 1, got 3 in path 1"),
-    ([[0, 0], [2, 0]], ValueError, r"expected indices in \[0, 2\) in layer 0, got 2 in path 1"),
-    ([[-1, 0]], ValueError, r"expected indices in \[0, 2\) in layer 0, got -1 in path 0"),
-    ([[0, 0], [0]], ValueError, r"expected int64 \[m, 2\] .*, got 2 paths of length \[1, 2\]"),
-    ([[0, 0, 0]], ValueError, r"got 1 paths of length \[3\]"),
-    ([0, 1], ValueError, r"expected int64 \[m, 2\] .*, got a flat list"),
-    ([], ValueError, r"with m >= 1, got int64 \[0, 2\]"),
-    ([[0, 1.0]], TypeError, r"got an entry 1\.0"),
-    ([[0, True]], TypeError, r"got an entry True"),
-    ([[0, "1"]], TypeError, r"got an entry '1'"),
-    ([[0, [1]]], TypeError, r"got an entry \[1\]"),
-    ([[0, 2**70]], ValueError, rf"got an entry {2**70}"),
-    (3, TypeError, r"expected int64 \[m, 2\] .*, got int"),
+    ([[0, 0], [0, 3]], ValueError, r"\[1\]\[1\]: expected an operation index of 0 to 2, got 3"),
+    ([[0, 0], [2, 0]], ValueError, r"\[1\]\[0\]: expected an operation index of 0 to 1, got 2"),
+    ([[-1, 0]], ValueError, r"\[0\]\[0\]: expected an operation index of 0 to 1, got -1"),
+    ([[0, 0], [0]], ValueError, r"\[1\]: expected 2 operation indices \(one per layer\), got 1"),
+    ([[0, 0, 0]], ValueError, r"\[0\]: expected 2 operation indices \(one per layer\), got 3"),
+    ([0, 1], TypeError, r"\[0\]: expected int64 \[L\] or a sequence of ints, got int"),
+    ([], ValueError, r"with m >= 1, got none"),
+    ([[0, 1.0]], TypeError, r"\[0\]\[1\]: expected an integer, got float 1\.0"),
+    ([[0, True]], TypeError, r"\[0\]\[1\]: expected an integer, got bool True"),
+    ([[0, "1"]], TypeError, r"\[0\]\[1\]: expected an integer, got str '1'"),
+    ([[0, [1]]], TypeError, r"\[0\]\[1\]: expected an integer, got list \[1\]"),
+    ([[0, 2**70]], ValueError, rf"\[0\]\[1\]: expected an operation index of 0 to 2, got {2**70}"),
+    (3, TypeError, r": expected int64 \[m, L\] or nested sequences of ints, got int"),
     (None, TypeError, r"got NoneType"),
 ]
 
 
 @pytest.mark.parametrize(("paths", "error", "message"), PATH_ERRORS)
 def test_paths(net: Chain, paths: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match="^paths: .*" + message):
+    with pytest.raises(error, match="^paths.*" + message):
         call(net, paths)
 
 
@@ -96,13 +96,13 @@ def test_paths_of_many_kinds(net: Chain, paths: Any) -> None:
             r"precision: expected None, 'fp32' or 'bf16' for a supernet on cpu .*, got 'fp16'",
         ),
         ({"max_memory": 0}, ValueError, r"max_memory: expected at least 1, got 0"),
-        ({"max_memory": 1e9}, TypeError, r"max_memory: expected an int or None, got float"),
+        ({"max_memory": 1e9}, TypeError, r"max_memory: expected an integer, got float"),
         ({"micro_batch": 0}, ValueError, r"micro_batch: expected at least 1, got 0"),
-        ({"micro_batch": True}, TypeError, r"micro_batch: expected an int or None, got bool"),
-        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing: expected a value in \[0, 1\], got -0\.1"),
-        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a value in \[0, 1\], got 1\.5"),
-        ({"label_smoothing": math.nan}, ValueError, r"label_smoothing: expected a value in \[0, 1\], got nan"),
-        ({"label_smoothing": "0.1"}, TypeError, r"label_smoothing: expected a number in \[0, 1\], got str"),
+        ({"micro_batch": True}, TypeError, r"micro_batch: expected an integer, got bool"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing: expected a probability in \[0, 1\], got -0\.1"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a probability in \[0, 1\], got 1\.5"),
+        ({"label_smoothing": math.nan}, ValueError, r"label_smoothing: expected a probability in \[0, 1\], got nan"),
+        ({"label_smoothing": "0.1"}, TypeError, r"label_smoothing: expected a number, got str"),
         (
             {"calibration": IMAGES},
             ValueError,

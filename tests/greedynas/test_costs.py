@@ -143,11 +143,15 @@ def test_nas_bench_macro_row_by_row():
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ([0] * 7, ValueError, r"path: expected int64 \[8\] or \[m, 8\] .* got int64 \[7\]"),
-        ([[[0] * 8]], ValueError, r"got int64 \[1, 1, 8\]"),
-        ([0.0] * 8, TypeError, r"got float64 \[8\]"),
-        ([0] * 7 + [7], ValueError, r"path: layer 7: expected an operation index in \[0, 6\], got 7"),
-        ([[0] * 8, [-1] * 8], ValueError, r"path: path 1, layer 0: .* got -1"),
+        ([0] * 7, ValueError, r"path: expected 8 operation indices \(one per layer\), got 7"),
+        ([[[0] * 8]], TypeError, r"path\[0\]\[0\]: expected an integer, got list"),
+        ([0.0] * 8, TypeError, r"path\[0\]: expected an integer, got float 0.0"),
+        (torch.zeros(8), TypeError, r"path: expected int64 \[8\] .* got float32 \[8\]"),
+        (torch.zeros(1, 1, 8).long(), ValueError, r"path: expected int64 \[m, 8\] .* got int64 \[1, 1, 8\]"),
+        ([], ValueError, "path: expected 8 operation indices"),
+        (None, TypeError, r"path: expected int64 \[L\] or a sequence of ints, got NoneType"),
+        ([0] * 7 + [7], ValueError, r"path\[7\]: expected an operation index of 0 to 6, got 7"),
+        ([[0] * 8, [-1] * 8], ValueError, r"path\[1\]\[0\]: .* got -1"),
     ],
 )
 def test_costs_refuse_what_is_no_path(path, error, message):

@@ -122,9 +122,9 @@ def test_a_path_may_be_a_tensor_or_integers(mini):
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ([0] * 7, ValueError, r"path: expected int64 \[8\] \(one operation index per layer\), got int64 \[7\]"),
-        ([0] * 7 + [7], ValueError, r"path: layer 7: expected an operation index in \[0, 6\], got 7"),
-        ([-1] + [0] * 7, ValueError, "path: layer 0: .* got -1"),
+        ([0] * 7, ValueError, r"path: expected 8 operation indices \(one per layer\), got 7"),
+        ([0] * 7 + [7], ValueError, r"path\[7\]: expected an operation index of 0 to 6, got 7"),
+        ([-1] + [0] * 7, ValueError, r"path\[0\]: .* got -1"),
         (torch.zeros(1, 8, dtype=torch.int64), ValueError, r"got int64 \[1, 8\]"),
         (torch.zeros(8), TypeError, r"got float32 \[8\]"),
     ],
