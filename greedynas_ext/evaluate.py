@@ -141,7 +141,7 @@ def evaluate_paths(
     engine: FusedEngine | ModuleEngine
     where = device or torch.device("cpu")
     kind = fused_precision(dtype, precision, where.type)
-    described = _description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
+    described = _description(chain, trie, images, calibration, kind, bn, where) if fused is not False else "fused=False"
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
@@ -194,7 +194,13 @@ def evaluate_paths(
 
 
 def _description(
-    chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device
+    chain: Chain,
+    trie: Trie,
+    images: object,
+    calibration: Tensor | None,
+    kind: str,
+    bn: str,
+    device: torch.device,
 ) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
     if isinstance(chain, WholeSupernet):
@@ -204,6 +210,11 @@ def _description(
         return reason
     with held_interrupts(), torch.no_grad():
         described = FusedChain.of(chain, trie, device)
+    if not isinstance(described, str) and described.head.side:
+        if not isinstance(images, Tensor):
+            return "supernet.head: pools a given size, and that of the batches is not known before"
+        seen = [tuple(each.shape[2:]) for each in (images, calibration) if each is not None and each.dim() == 4]
+        described = described.pools_otherwise(trie, seen) or described  # type: ignore[arg-type]
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
     if device.type == "cuda" and not isinstance(described, str):
