@@ -70,8 +70,9 @@ def evaluate_paths(
     drop-path off, batch normalisations by the policy `bn`. On a CPU, and in bf16 on a GPU, where stem, operations and
     head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with
     squeeze-excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate
-    them; anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
-    forward of a new or changed module runs once on a symbol instead of a tensor.
+    them; anything else runs as the modules that it is. Of what `adapt` returns, in float32 and float64 on a CPU,
+    operations that are recognised run fused beside others that are not. `plan.kernels` and `plan.macs_fused` say which,
+    and why. To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
     also after an exception or Ctrl-C, which is delivered between two operations.
@@ -81,7 +82,7 @@ def evaluate_paths(
 
     Args:
         supernet: a chain with `stem`, `choices[layer][op]` and `head`; modules, or functions of one tensor. The head
-            gives logits [N, classes].
+            gives logits [N, classes]. Or what `adapt` returns.
         paths: int64 [m, layers] or nested lists: for each path one operation index per layer.
         images: floating [N, C, H, W] on the supernet's device, or an iterable of such (images, targets) pairs; it
             is read once. With an iterable, batch statistics are of each batch, and losses are means over all images.
@@ -111,8 +112,10 @@ def evaluate_paths(
         PathEvaluation.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: where an operation writes to its parameters, or targets exceed the number of classes.
+        TypeError, ValueError: naming the argument, what was expected and what came; ValueError also where an adapted
+            supernet computes something else than its own forward, with the difference.
+        RuntimeError: where an operation writes to its parameters, targets exceed the number of classes, or an adapted
+            supernet has changed since.
 
     Warns:
         RuntimeWarning: where fewer than `k` losses are finite, or an operation drew random numbers.
