@@ -8,21 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_supernets import (
-    ELASTIC,
-    FOREIGN,
-    FairNet,
-    MixedEdge,
-    after,
-    by_argument,
-    covering,
-    elastic,
-    make,
-    mb,
-    own_losses,
-    set_elastic,
-    set_mixed_edges,
-)
+from foreign_by_attribute import ELASTIC, MixedEdge, set_elastic, set_mixed_edges
+from foreign_by_path import FairNet, mb
+from foreign_supernets import FOREIGN, after, by_argument, covering, elastic, make, own_losses
 from supernets import draw_images, randomise, relative_error
 from test_adapt import FP64, assert_same, state_of
 from torch import Tensor, nn
