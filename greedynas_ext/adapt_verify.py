@@ -100,6 +100,8 @@ def _described_otherwise(weights: object, source: Tensor, output: Tensor, place:
         return None
     if output.shape[0] * output.shape[2:].numel() < _FEWEST and output.dim() == 4:
         return None
+    if isinstance(weights, HeadWeights) and weights.side and source.shape[2:] != (weights.side, weights.side):
+        return None  # at this resolution it is not used
     error = _error(described(weights, source), output)
     return None if error is None else f"{place} is recognised as {type(weights).__name__}, which differs {error}"
 

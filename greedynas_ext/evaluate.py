@@ -46,8 +46,9 @@ def evaluate_paths(
     off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
     and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
     excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
-    anything else runs as the modules that it is. `plan.kernels` says which, and why. To see what it computes, the
-    forward of a new or changed module runs once on a symbol instead of a tensor.
+    anything else runs as the modules that it is. Of what `adapt` returns, in float32 and float64 on a CPU, operations
+    that are recognised run fused beside others that are not. `plan.kernels` and `plan.macs_fused` say which, and why.
+    To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
     also after an exception or Ctrl-C, which is delivered between two operations.
@@ -57,7 +58,7 @@ def evaluate_paths(
 
     Args:
         supernet: a chain with `stem`, `choices[layer][op]` and `head`; modules, or functions of one tensor. The head
-            gives logits [N, classes].
+            gives logits [N, classes]. Or what `adapt` returns.
         paths: int64 [m, layers] or nested lists: for each path one operation index per layer.
         images: floating [N, C, H, W] on the supernet's device, or an iterable of such (images, targets) pairs; it
             is read once. With an iterable, batch statistics are of each batch, and losses are means over all images.
@@ -91,8 +92,10 @@ def evaluate_paths(
         PathEvaluation.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: where an operation writes to its parameters, or targets exceed the number of classes.
+        TypeError, ValueError: naming the argument, what was expected and what came; ValueError also where an adapted
+            supernet computes something else than its own forward, with the difference.
+        RuntimeError: where an operation writes to its parameters, targets exceed the number of classes, or an adapted
+            supernet has changed since.
 
     Warns:
         RuntimeWarning: where fewer than `k` losses are finite, or an operation drew random numbers.
@@ -113,7 +116,9 @@ def evaluate_paths(
     trie = Trie(operations)
     engine: FusedEngine | ModuleEngine
     kind = fused_precision(dtype, precision, where.type)
-    described = description(chain, trie, images, kind, bn, where) if fused is not False else "fused=False"
+    described: FusedChain | str = "fused=False"
+    if fused is not False:
+        described = description(chain, trie, images, calibration, kind, bn, where)
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
@@ -162,7 +167,15 @@ def check_options(bn: object, calibration: object, label_smoothing: object, max_
         raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
 
 
-def description(chain: Chain, trie: Trie, images: object, kind: str, bn: str, device: torch.device) -> FusedChain | str:
+def description(
+    chain: Chain,
+    trie: Trie,
+    images: object,
+    calibration: Tensor | None,
+    kind: str,
+    bn: str,
+    device: torch.device,
+) -> FusedChain | str:
     """What the fused engine evaluates, or why it does not."""
     if isinstance(chain, WholeSupernet):
         return f"called path by path: {chain.reason}"
@@ -171,6 +184,11 @@ def description(chain: Chain, trie: Trie, images: object, kind: str, bn: str, de
         return reason
     with held_interrupts(), torch.no_grad():
         described = FusedChain.of(chain, trie, device)
+    if not isinstance(described, str) and described.head.side:
+        if not isinstance(images, Tensor):
+            return "supernet.head: pools a given size, and that of the batches is not known before"
+        seen = [tuple(each.shape[2:]) for each in (images, calibration) if each is not None and each.dim() == 4]
+        described = described.pools_otherwise(trie, seen) or described  # type: ignore[arg-type]
     if bn == "running" and not isinstance(described, str) and described.lacks_running_statistics():
         return "a batch normalisation stores no running statistics"
     if device.type == "cuda" and not isinstance(described, str):

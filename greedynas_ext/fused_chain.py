@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import TypeAlias
 
@@ -84,6 +84,15 @@ class FusedChain:
             *(norm for block in blocks for norm in operation_norms(block) if norm is not None),
         ]
         return any(norm.running_mean is None or norm.running_var is None for norm in norms)
+
+    def pools_otherwise(self, trie: Trie, resolutions: Iterable[Size]) -> str | None:
+        """Why the head takes no mean over the image, where it pools a given size; None where it does."""
+        side = self.head.side
+        for resolution in resolutions if side else ():
+            _, sizes = self.sizes(trie, resolution)
+            if sizes[-1] != (side, side):
+                return f"supernet.head: pools {side}x{side} of {sizes[-1][0]}x{sizes[-1][1]}"
+        return None
 
     def sizes(self, trie: Trie, resolution: Size) -> tuple[list[Size], list[Size]]:
         """Height and width of the outputs of the stem's convolution and blocks, and of each node of `trie`."""

@@ -151,11 +151,16 @@ class Functions(StepList):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        # Both sides: a pooling by one of them is a mean over the image only where that is square.
-        whole = kernel_size == getattr(input, "shape", ())[2:] and len(kernel_size) == 2
-        self.check("the size of the image", whole, kernel_size)
         self.check("no padding", padding in (0, (0, 0)), padding)
         self.check("no divisor_override", divisor_override is None, divisor_override)
+        sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        if len(sides) == 2 and is_int(sides[0]) and sides[0] == sides[1]:
+            # The stride does not matter to an image of this size.
+            shape = getattr(input, "shape", ())
+            self.check("4 dimensions", len(shape) == 4, len(shape))
+            return self.step("pool", (*shape[:2], 1, 1), input, side=sides[0])
+        # Both sides: a pooling by one of them is a mean over the image only where that is square.
+        self.check("the size of the image", sides == getattr(input, "shape", ())[2:] and sides == kernel_size, sides)
         return self._mean(input, (2, 3), True)
 
     def _mean(self, input: Any, dim: Any = None, keepdim: bool = False) -> Any:

@@ -33,6 +33,7 @@ class Step:
         module: of conv and linear.
         norm: of bn.
         activation: of act: of ACTIVATIONS or GATES.
+        side: of pool: the height and width that the image has to have for it to be a mean over the image; 0: any.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Step:
     module: nn.Module | None = None
     norm: BatchNormWeights | None = None
     activation: str = ""
+    side: int = 0
 
 
 @dataclass(frozen=True)

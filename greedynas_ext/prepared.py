@@ -154,7 +154,7 @@ def prepare_paths(
         calibration = arguments.check_images("calibration", calibration, device)
     trie = Trie(operations)
     kind = fused_precision(dtype, precision, where.type)
-    described = evaluate.description(chain, trie, images, kind, bn, where)
+    described = evaluate.description(chain, trie, images, calibration, kind, bn, where)
     if isinstance(described, str):
         raise ValueError(f"supernet: expected one that the fused kernels can evaluate; {described}")
     if isinstance(supernet, AdaptedSupernet):

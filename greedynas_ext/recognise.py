@@ -43,13 +43,14 @@ class StemWeights:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """1x1 convolution, BN (with its bias, if any), act, mean over the image, linear."""
+    """1x1 convolution, BN (with its bias, if any), act, mean over the image (maybe one of a given size), linear."""
 
     conv: Tensor  # [hidden, in, 1, 1]
     bn: BatchNormWeights
     activation: str  # of ACTIVATIONS, not linear
     weight: Tensor  # [classes, hidden]
     bias: Tensor | None  # [classes]
+    side: int = 0  # height and width that the image has to have for the mean; 0: any
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,9 @@ def _stem(cursor: _Cursor) -> StemWeights:
 def _head(cursor: _Cursor) -> HeadWeights:
     weight = _pointwise(cursor, "the head's 1x1 convolution")
     norm, activation = _norm(cursor), _activation(cursor)
-    cursor.take(("pool",), "a mean over the image")
+    pool = cursor.take(("pool",), "a mean over the image")
     linear_weight, linear_bias = _weight_and_bias(cursor.take(("linear",), "a linear layer"))
-    return HeadWeights(weight, norm, activation, linear_weight, linear_bias)
+    return HeadWeights(weight, norm, activation, linear_weight, linear_bias, pool.side)
 
 
 def _operation(cursor: _Cursor) -> InvertedBottleneckWeights | ConvBNWeights | IdentityWeights:
@@ -256,7 +257,9 @@ def _after_expansion(
 
 def _squeeze_excitation(cursor: _Cursor) -> SqueezeExcitationWeights:
     features = cursor.value
-    cursor.take(("pool",), "a mean over the image")
+    pool = cursor.take(("pool",), "a mean over the image")
+    if pool.side:
+        raise Mismatch(f"{pool.name}: expected a mean over the image, got one of {pool.side}x{pool.side}")
     reduce, reduce_bias = _dense(cursor, "the layer that reduces")
     step = cursor.take(("act",), "relu")
     if step.activation != "relu":

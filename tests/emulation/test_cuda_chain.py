@@ -284,7 +284,7 @@ def test_activations_beyond_half_precision_are_infinite(on_device: Any) -> None:
     assert losses.isfinite().tolist() == [False, True]
 
 
-@of_halves
+@pytest.mark.parametrize("cuda", ["fp16", "fp16 on sm_75"], indirect=True)
 def test_images_of_any_scale(on_device: Any) -> None:
     """The stem's sums stay within half precision for images of some thousands, and of some thousandths."""
     net = make_net("e3k3 id")

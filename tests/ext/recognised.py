@@ -106,6 +106,8 @@ class Squeeze(nn.Module):
         if self.how == "writes":
             x *= F.hardsigmoid(self.up(F.relu(self.down(x.mean((-1, -2), keepdim=True)))))
             return x
+        if self.how == "sized":
+            return x * F.hardsigmoid(self.up(F.relu(self.down(F.avg_pool2d(x, 9)))))
         if self.how == "silu":
             return x * F.hardsigmoid(self.up(F.silu(self.down(self.pool(x)))))
         if self.how == "tanh":

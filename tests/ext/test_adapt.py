@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_supernets import FOREIGN, HandSwish, InvertedResidual, by_argument, covering, make, mb, own_losses
+from foreign_by_path import HandSwish, InvertedResidual, mb
+from foreign_supernets import FOREIGN, by_argument, covering, make, own_losses
 from supernets import draw_images, relative_error
+from test_fused_spaces import covering_paths, small_supernet
 from torch import Tensor, nn
 
 from greedynas_ext import AdaptedSupernet, adapt, evaluate_paths
@@ -80,7 +82,7 @@ def test_recalibrated_statistics(name: str) -> None:
     assert relative_error(own.image_losses, batch) < FP64
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", ["spos", "fairnas, biases", "mutable ops", "elastic"])
 def test_float32_and_a_training_step(name: str) -> None:
     """Nothing is copied: after a step of training the next evaluation has the new weights."""
     net, foreign = make(name, torch.float32), FOREIGN[name]
@@ -97,7 +99,7 @@ def test_float32_and_a_training_step(name: str) -> None:
     assert relative_error(result.losses, expected.mean(1)) < FP32
 
 
-@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "elastic"])
+@pytest.mark.parametrize("name", ["fairnas", "proxyless", "layer choice", "keyed"])
 def test_the_view_is_a_chain(name: str) -> None:
     """`stem`, `choices` and `head` alone, evaluated as any chain is."""
 
@@ -191,3 +193,27 @@ def test_keys_made_of_positions() -> None:
     result = evaluate_paths(view, paths, images, targets, per_image=True)
     expected = own_losses(net, by_argument, paths, images, targets)
     assert relative_error(result.image_losses, expected) < FP64
+
+
+class Renamed(nn.Module):
+    """A chain whose parts are elsewhere."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.front, self.back = nn.ModuleDict({"stem": net.stem}), nn.Sequential(net.head)
+        self.cells = nn.ModuleList(nn.ModuleDict({f"op {n}": op for n, op in enumerate(ops)}) for ops in net.choices)
+
+    def forward(self, x: Tensor, genotype: Any) -> Tensor:
+        x = self.front["stem"](x)
+        for cell, op in zip(self.cells, genotype, strict=True):
+            x = cell[op](x)
+        return self.back(x)
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_another_module_tree_gives_the_same_bits(bn: Any) -> None:
+    net = small_supernet(torch.float32)
+    view, paths, batch = adapt(Renamed(net)), covering_paths(net), draw_images(4, 17, dtype=torch.float32)
+    results = [evaluate_paths(each, paths, *batch, bn=bn, per_image=True, fused=True) for each in (view, net)]
+    assert torch.equal(results[0].image_losses, results[1].image_losses)
+    assert results[0].plan == results[1].plan

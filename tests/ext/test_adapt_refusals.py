@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_supernets import FOREIGN, FairNet, MixedEdge, by_argument, covering, make, mb, own_losses
+from foreign_by_attribute import MixedEdge
+from foreign_by_path import FairNet, mb
+from foreign_supernets import FOREIGN, by_argument, covering, make, own_losses
 from supernets import draw_images, relative_error
 from test_adapt import FP64
 from test_adapt_told import prepared

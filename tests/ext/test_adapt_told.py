@@ -8,21 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_supernets import (
-    ELASTIC,
-    FOREIGN,
-    FairNet,
-    MixedEdge,
-    after,
-    by_argument,
-    covering,
-    elastic,
-    make,
-    mb,
-    own_losses,
-    set_elastic,
-    set_mixed_edges,
-)
+from foreign_by_attribute import ELASTIC, MixedEdge, set_elastic, set_mixed_edges
+from foreign_by_path import FairNet, mb
+from foreign_supernets import FOREIGN, after, by_argument, covering, elastic, make, own_losses
 from supernets import draw_images, randomise, relative_error
 from test_adapt import FP64, assert_same, state_of
 from torch import Tensor, nn
@@ -296,3 +284,49 @@ def test_what_only_looks_like_a_path_is_none() -> None:
     view = adapt(net)
     assert view.options == (([0], [1]),) * 3
     check(view, net, (2, 2, 2), after(set_mixed_edges))
+
+
+class SubStage(nn.Module):
+    """Is given its part of the path."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([mb(6, 6, k, 1, 2) for k in (3, 5, 7)]) for _ in range(layers))
+
+    def forward(self, x: Tensor, path: Any) -> Tensor:
+        for ops, op in zip(self.layers, path.tolist(), strict=True):
+            x = ops[op](x)
+        return x
+
+
+class Staged(nn.Module):
+    """As if the path were a tensor; the last layer is told its option alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 6, 3, 2), nn.Linear(6, 5)
+        self.stages = nn.ModuleList([SubStage(2), SubStage(1)])
+        self.last = Told([mb(6, 6, k, 1, 2) for k in (3, 5)])
+
+    def forward(self, x: Tensor, path: Any) -> Tensor:
+        x, first = self.stem(x), 0
+        for stage in self.stages:
+            x = stage(x, path[first : first + len(stage.layers)])
+            first += len(stage.layers)
+        return self.fc(self.last(x, which=path[3]).mean((2, 3)))
+
+
+class Told(nn.Module):
+    def __init__(self, ops: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(ops)
+
+    def forward(self, x: Tensor, which: Any) -> Tensor:
+        return self.ops[which.item()](x)
+
+
+def test_modules_are_told_their_part_of_the_path() -> None:
+    net = prepared(Staged())
+    view = adapt(net)
+    assert view.reason is None
+    check(view, net, (3, 3, 3, 2), lambda net, images, path: net(images, torch.tensor(path)))

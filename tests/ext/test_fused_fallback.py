@@ -258,3 +258,50 @@ def test_images_of_other_channels(channels: int) -> None:
         evaluate_paths(net, covering_paths(net), images, targets, fused=True)
     with pytest.raises(ValueError, match="^calibration: " + expected):
         evaluate_paths(net, covering_paths(net), *draw_images(3, 17), bn="recalibrated", calibration=images, fused=True)
+
+
+class Sized(nn.Module):
+    """A head that pools a given size."""
+
+    def __init__(self, head: nn.Module, side: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act, self.linear = head.conv, head.bn, head.act, head.linear
+        self.pool = nn.AvgPool2d(side, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.pool(self.act(self.bn(self.conv(x)))).flatten(1))
+
+
+@pytest.mark.parametrize("bn", POLICIES)
+def test_a_pooling_of_a_given_size(bn: str) -> None:
+    """Fused where it is a mean over the whole map, which the resolution says; 17x17 becomes 5x5 before the head."""
+    net = small_supernet()
+    net.head = Sized(net.head, 5)
+    paths, (images, targets) = covering_paths(net), draw_images(3, 17)
+    calibration = calibration_for(bn, images)
+    how: dict[str, Any] = {"bn": bn, "calibration": calibration}
+    result = evaluate_paths(net, paths, images, targets, fused=True, **how)
+    modules = evaluate_paths(net, paths, images, targets, fused=False, **how)
+    assert relative_error(result.losses, modules.losses) < FP64
+    assert result.plan.macs_computed == modules.plan.macs_computed
+    reason = "modules: supernet.head: pools a given size, and that of the batches is not known before"
+    assert evaluate_paths(net, paths, [(images, targets)], **how).plan.kernels == reason
+    if calibration is not None:
+        with pytest.raises(ValueError, match="pools 5x5 of 6x6"):
+            evaluate_paths(net, paths, images, targets, fused=True, bn=bn, calibration=draw_images(3, 21)[0])
+    else:
+        with pytest.raises(ValueError, match="pools 5x5 of 6x6"):
+            evaluate_paths(net, paths, *draw_images(3, 21), fused=True, bn=bn)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"side": 5, "padding": 1}, {"side": 5, "divisor_override": 3}, {"side": (5, 4)}, {"side": 4}]
+)
+def test_other_poolings_run_as_modules(kwargs: dict[str, Any]) -> None:
+    net = small_supernet()
+    net.head = Sized(net.head, **kwargs)
+    if kwargs.get("padding"):
+        net.head.pool.stride = 7
+    paths, (images, targets) = covering_paths(net), draw_images(3, 17)
+    result = evaluate_paths(net, paths, images, targets)
+    assert result.plan.kernels.startswith("modules: supernet.head: ")
