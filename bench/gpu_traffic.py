@@ -22,9 +22,9 @@ _SHAPE = {
 
 def images_of(shape: dict[str, Any]) -> float:
     """Images of a launch; of one that knows pixels alone, those."""
-    if shape.get("images"):
-        return float(shape["images"])
-    return float(shape["pixels"]) / (shape.get("image_pixels") or 1)
+    if "pixels" in shape:
+        return float(shape["pixels"]) / (shape.get("image_pixels") or 1)
+    return float(shape["images"])
 
 
 def _ways(buffer: dict[str, Any]) -> list[dict[str, int]]:

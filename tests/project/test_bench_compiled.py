@@ -325,9 +325,9 @@ def test_counts_of_emulated_launches_are_those_of_the_node(bench, tmp_path):
     finish = {"pixels": 400, "channels": 32}
     launches = [
         entry("expand_depthwise", "56x32", expand, 8, [("x", (100, 0)), ("d", (0, 60))], 16),
-        entry("finish_map", "plain", finish, None, [("map", (10, 10))], 40),
-        entry("finish_map", "added", finish, None, [("map", (10, 10)), ("residual", (10, 0))], 40),
-        entry("finish_map", "added", finish, None, [("partials", (5, 0))], 0),
+        entry("finish_map", "plain", finish, 8, [("map", (10, 10))], 40),
+        entry("finish_map", "added", finish, 8, [("map", (10, 10)), ("residual", (10, 0))], 40),
+        entry("finish_map", "added", finish, 8, [("partials", (5, 0))], 0),
         entry("linear", "other", {"rows": 3}, None, [], 0),
     ]
     file = tmp_path / "traffic.json"
