@@ -93,17 +93,30 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const __grid_constant_
     }
   }
 
+  const int column = first_column + kColumns * x;
+  float bias[kColumns];
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int column = first_column + 4 * x + c;
-    if (column >= l.out_stride) break;
-    const float bias = l.bias && column < l.channels ? l.bias[column] : 0.f;
+  for (int c = 0; c < kColumns; ++c) bias[c] = l.bias && column + c < l.channels ? l.bias[column + c] : 0.f;
+  // All columns as one vector, where that is possible: else a warp would touch each sector four times.
+  const bool as_vector = column + kColumns <= l.out_stride && l.out_stride % kColumns == 0 &&
+                         reinterpret_cast<uintptr_t>(l.output) % sizeof(float4) == 0;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = first_row + r / 4 * (kTile / 2) + 4 * y + r % 4;
-      if (row >= l.rows) break;
-      l.output[static_cast<int64_t>(row) * l.out_stride + column] =
-          column < l.channels ? activated(acc[r][c] + bias, l.activation) : 0.f;
+  for (int r = 0; r < kRows; ++r) {
+    const int row = first_row + r / 4 * (kTile / 2) + 4 * y + r % 4;
+    if (row >= l.rows) break;
+    float value[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      value[c] = column + c < l.channels ? activated(acc[r][c] + bias[c], l.activation) : 0.f;
+    }
+    float* const to = l.output + static_cast<int64_t>(row) * l.out_stride + column;
+    if (as_vector) {
+      *reinterpret_cast<float4*>(to) = float4{value[0], value[1], value[2], value[3]};
+      continue;
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (column + c < l.out_stride) to[c] = value[c];
     }
   }
 }

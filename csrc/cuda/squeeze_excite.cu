@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant
   const int thread = threadIdx.x, rows = kThreads / cut.width, row = thread / cut.width;
   const int vector = slice * cut.width + thread % cut.width, row_floats = cut.vectors * 8;
 
-  GREEDYNAS_SHARED(float, sums, [kThreads * 8]);
+  GREEDYNAS_SHARED(float4, of_threads, [kThreads * 2]);
   float sum[8] = {};
   if (row < rows && vector < cut.vectors) {
     const auto* d = reinterpret_cast<const uint4*>(s.d) +
@@ -89,12 +89,14 @@ __global__ void __launch_bounds__(kThreads) squeeze_kernel(const __grid_constant
         sum_pixels<kLinear>(s, d, affine, cut.vectors, row, rows, sum);
     }
   }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) sums[8 * thread + j] = sum[j];
+  // As single floats eight lanes would meet in each bank.
+  of_threads[2 * thread] = float4{sum[0], sum[1], sum[2], sum[3]};
+  of_threads[2 * thread + 1] = float4{sum[4], sum[5], sum[6], sum[7]};
   __syncthreads();
 
   const int c = 8 * slice * cut.width + thread;  // 8 * width is at most kThreads
   if (thread >= 8 * cut.width || c >= row_floats) return;
+  const float* sums = reinterpret_cast<const float*>(of_threads);
   float total = 0.f;
   for (int r = 0; r < rows; ++r) total += sums[8 * cut.width * r + thread];
   const float factor = s.factor ? s.factor[c] : 1.f;
