@@ -33,7 +33,7 @@ from greedynas_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-_OF_THE_EMULATION = ("test_emulator.py", "test_sanitized.py")
+_OF_THE_EMULATION = ("test_emulator.py", "test_sanitized.py", "test_trace.py")
 _TESTS = [
     *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/emulation"),
     *(f"--ignore=tests/emulation/{name}" for name in _OF_THE_EMULATION),

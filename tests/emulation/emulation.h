@@ -4,7 +4,8 @@
 // kernel's results can be compared with those of plain code, in several orders of its threads; and mistakes
 // that a device may pass over are errors: the launch throws std::runtime_error, "emulation: ...". Built with
 // the address or the thread sanitizer, which are told about fibers, more mistakes are found;
-// tests/emulation/test_emulator.py says which are found by what. It knows nothing of time.
+// tests/emulation/test_emulator.py says which are found by what. A tracing build counts what kernels do with
+// memory (trace/trace.cpp). It knows nothing of time.
 //
 // In the environment, EMULATION_ORDER (forward, reverse, random) and EMULATION_SEED choose the order.
 #pragma once

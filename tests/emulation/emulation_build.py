@@ -17,7 +17,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 COMMAND = [str(COMPILER), "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 COMMAND += [f"-I{path}" for path in (CSRC, CSRC / "cuda", FOLDER)]
 
-# Of a tracing build (trace/trace.cpp). The compiler has to leave accesses apart and in their order.
+# Of a tracing build (trace/trace.cpp): the compiler has to leave accesses apart and in their order.
 TRACE = ["-DEMULATION_TRACE", "-fsanitize=thread", "-Wno-tsan", "-g1"]
 TRACE += [
     f"-fno-{pass_}"
@@ -38,10 +38,10 @@ def compile_tracer(folder: Path) -> Path:
 
 def build_traced(folder: Path, max_units: int) -> Path:
     """A tracing build. `max_units`: kMaxUnits (pointwise.cuh)."""
-    return build(folder, [*TRACE, f"-DGREEDYNAS_MAX_UNITS={max_units}"], [compile_tracer(folder)])
+    return build(folder, [*TRACE, f"-DGREEDYNAS_MAX_UNITS={max_units}"], compile_tracer(folder))
 
 
-def build(folder: Path, flags: list[str], tracer: list[Path] | None = None) -> Path:
+def build(folder: Path, flags: list[str], tracer: Path | None = None) -> Path:
     """`folder` with the module in it; two compilers run at a time, the longest files first."""
     command = [*COMMAND, *flags, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
@@ -57,6 +57,6 @@ def build(folder: Path, flags: list[str], tracer: list[Path] | None = None) -> P
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_one, sources)]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = command if tracer is None else [*COMMAND, *map(str, tracer)]  # no sanitizer
+    linked = command if tracer is None else [*COMMAND, str(tracer)]  # without a sanitizer
     subprocess.run([*linked, "-shared", *objects, "-o", str(module)], check=True)
     return folder

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +39,30 @@ class Lines:
 
     def __init__(self, binary: Path) -> None:
         self._binary = binary
+        self._known: dict[int, list[str]] = {}
+
+    def look_up(self, pcs: set[int]) -> None:
+        """Of many at once, which is much faster."""
+        tool, missing = shutil.which("addr2line"), sorted(pcs - self._known.keys())
+        if tool is None or not missing:
+            return
+        command = [tool, "-a", "-i", "-e", str(self._binary)]
+        text = "\n".join(map(hex, missing))
+        output = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+        for line in output.splitlines():
+            if line.startswith("0x"):
+                current = self._known.setdefault(int(line, 16), [])
+            else:  # inlined functions: the innermost first
+                current.append(re.sub(r" \(discriminator \d+\)", "", line))
 
     def __call__(self, pcs: list[int]) -> str:
         """The innermost one that is a kernel's, as file:line; pcs: an instruction and the calls that led to it."""
+        self.look_up(set(pcs))
         for pc in pcs:
-            for place in self._chain(pc):
+            for place in self._known.get(pc, []):
                 if not any(part in place for part in EMULATOR) and not place.startswith("?"):
-                    return re.sub(r" \(discriminator \d+\)", "", place).rpartition("/")[2]
+                    return place.rpartition("/")[2]
         return "?"
-
-    @cache  # noqa: B019
-    def _chain(self, pc: int) -> list[str]:
-        # Inlined functions: the innermost first.
-        tool = shutil.which("addr2line")
-        if tool is None:
-            return []
-        command = [tool, "-i", "-e", str(self._binary), hex(pc)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
 
 
 def named(launches: list[dict[str, Any]], lines: Lines) -> list[dict[str, Any]]:
@@ -65,6 +71,7 @@ def named(launches: list[dict[str, Any]], lines: Lines) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: memory that has no name was accessed.
     """
+    lines.look_up({pc for launch in launches for site in launch["shared"] for pc in site["pcs"]})
     for launch in launches:
         elsewhere = launch.pop("elsewhere")
         if elsewhere["accesses"]:

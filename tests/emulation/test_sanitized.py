@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from emulation_build import COMPILER, FOLDER, build
 
-ALL = sorted(path.name for path in FOLDER.glob("test_*.py") if path.stem not in ("test_emulator", "test_sanitized"))
+OF_THE_EMULATION = ("test_emulator", "test_sanitized", "test_trace")
+ALL = sorted(path.name for path in FOLDER.glob("test_*.py") if path.stem not in OF_THE_EMULATION)
 # A test or two of each file: fibers are expensive for the thread sanitizer.
 SMALL = [
     "test_conv_bn.py::test_strided_group",

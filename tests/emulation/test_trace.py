@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emulation_build import COMMAND, COMPILER, FOLDER, TRACE, compile_tracer
+from emulation_build import COMMAND, COMPILER, FOLDER, TRACE, build_traced, compile_tracer
 from emulation_trace import Lines, named
+from test_sanitized import SMALL, run_tests
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -167,3 +169,26 @@ def test_operations_are_counted(traced: Traced) -> None:
 def test_memory_without_a_name_is_an_error(traced: Traced) -> None:
     with pytest.raises(RuntimeError, match=r"expected accesses to named memory alone, got 32 .* traced.cu:\d+"):
         traced("unnamed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_tracing_build(tmp_path: Path) -> None:
+    """Its kernels still compute what they should, and the report of their traffic can be made."""
+    build_traced(tmp_path, 3)
+    out = run_tests(tmp_path, [], {}, SMALL)
+    assert f"{len(SMALL)} passed" in out
+    script = FOLDER.parents[1] / "bench" / "emulate_report.py"
+    command = [sys.executable, str(script), "--quick", "--images", "1", "--build", str(tmp_path), "--output", "report"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+    content = json.loads((tmp_path / "report/traffic.json").read_text())
+    assert len(content["launches"]) == len(content["calls"]) + 2  # finish_map's and path_cross_entropy's second ones
+    assert (tmp_path / "report/traffic.md").read_text().count("\n| ") == len(content["calls"]) + 1
+    buffers = {launch["kernel"]: launch["buffers"] for launch in content["launches"]}
+    # 1 image of 7x7, 576 channels to 192, one block.
+    d, y, weight = (buffers["project"][name] for name in ("d", "y", "weight"))
+    assert d["read"]["launch_bytes"] == d["read"]["block_bytes"] == d["read"]["lane_bytes"] == 2 * 49 * 576
+    assert y["written"]["launch_bytes"] == y["written"]["block_bytes"] == 2 * 49 * 192
+    assert weight["read"]["launch_bytes"] == weight["read"]["block_bytes"] == 2 * 576 * 192
+    # Every second pixel in both directions of 14x14.
+    assert buffers["strided_conv"]["x"]["read"]["launch_bytes"] == 2 * 49 * 96

@@ -25,21 +25,25 @@ struct dim3 {
 // to prevent.
 #if defined(EMULATION_TRACE)
 namespace emu {
-template <typename Words>
-__attribute__((always_inline)) inline void copy_whole(void* to, const void* from) {
-  Words words = *static_cast<const Words*>(from);
-  asm("" : "+x"(words));
-  *static_cast<Words*>(to) = words;
-}
 using Words2 __attribute__((vector_size(8), may_alias)) = float;
 using Words4 __attribute__((vector_size(16), may_alias)) = float;
+// No templates: their arguments lose may_alias.
+#define EMULATION_COPY_WHOLE(Words)                                                     \
+  __attribute__((always_inline)) inline void copy_whole(Words* to, const Words* from) { \
+    Words words = *from;                                                                \
+    asm("" : "+x"(words));                                                              \
+    *to = words;                                                                        \
+  }
+EMULATION_COPY_WHOLE(Words2)
+EMULATION_COPY_WHOLE(Words4)
+#undef EMULATION_COPY_WHOLE
 }  // namespace emu
-#define EMULATION_VECTOR(Type, Words)                                                              \
-  __attribute__((always_inline)) Type(const Type& other) { emu::copy_whole<Words>(this, &other); } \
-  __attribute__((always_inline)) Type& operator=(const Type& other) {                              \
-    emu::copy_whole<Words>(this, &other);                                                          \
-    return *this;                                                                                  \
-  }                                                                                                \
+#define EMULATION_VECTOR(Type, Words)                                                        \
+  __attribute__((always_inline)) Type(const Type& other) { *this = other; }                  \
+  __attribute__((always_inline)) Type& operator=(const Type& other) {                        \
+    emu::copy_whole(reinterpret_cast<Words*>(this), reinterpret_cast<const Words*>(&other)); \
+    return *this;                                                                            \
+  }                                                                                          \
   Type() = default;
 #define EMULATION_VECTOR2(Type, Scalar) \
   EMULATION_VECTOR(Type, emu::Words2)   \
