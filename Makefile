@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/kernels/*.h csrc/cpu/kernels/amx/*.h csrc/cuda/*)
 
-.PHONY: help setup demo test test-slow check format bench gpu-check clean
+.PHONY: help setup demo test test-slow check format bench gpu-check emulate-report clean
 help:
 	@echo "make demo       GreedyNAS on real images, some minutes on 2 cores; says where the report is"
 	@echo "make test       the tests, with coverage"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy and clang-format"
 	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
 	@echo "make gpu-check  tests and times on this machine's GPU, in one file"
+	@echo "make emulate-report  what the CUDA kernels move, counted without a GPU; some minutes on 2 cores"
 
 $(VENV)/.dependencies: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -55,6 +56,9 @@ bench: setup
 
 gpu-check: setup
 	$(BIN)/python bench/gpu_check.py --output gpu-check.json
+
+emulate-report: setup
+	$(BIN)/python bench/emulate_report.py
 
 clean:
 	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_nodes import Node, Nodes
 from measure import machine
-from torch import Tensor
 
 from greedynas.storage import write_json
 from greedynas_ext import _library
@@ -39,7 +39,6 @@ LAYERS = [
     (7, 192, 192, 1),
     (7, 192, 320, 1),
 ]
-_RELU6 = 2
 _SETS_BYTES = 300 << 20  # of buffers that launches rotate through
 
 
@@ -62,131 +61,46 @@ class Case:
     prepare: Callable[[], Callable[[], None]]
 
 
-def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
 class Cases:
     """Every kernel of a choice block for every layer."""
 
-    def __init__(self, images: int) -> None:
-        self._k: Any = _library.require_cuda().kernels
-        self._images = images
+    def __init__(self, images: int, nodes: Nodes) -> None:
+        self._images, self._nodes = images, nodes
 
     def __iter__(self) -> Iterator[Case]:
+        images, nodes = self._images, self._nodes
         for height, into, out, stride in LAYERS:
             layer = f"{height}x{into}s{stride}"
             small = -(-height // stride)
             for expansion in (3, 6):
                 hidden = expansion * into
                 for kernel in (3, 5, 7):
-                    moved = 2 * self._images * (height**2 * into + small**2 * hidden)
-                    yield Case(
-                        "expand_depthwise",
-                        layer,
-                        f"t{expansion} k{kernel}",
-                        moved,
-                        lambda h=height, c=into, t=hidden, k=kernel, s=stride: self._expand_depthwise(h, c, t, k, s),
-                    )
-                moved = 2 * self._images * small**2 * (hidden + out)
-                yield Case(
-                    "project",
-                    f"{small}x{out}",
-                    f"t{expansion}",
-                    moved,
-                    lambda s=small, t=hidden, o=out: self._project(s, t, o),
-                )
+                    moved = 2 * images * (height**2 * into + small**2 * hidden)
+                    arguments = images, height, into, hidden, kernel, stride
+                    yield self._case(layer, f"t{expansion} k{kernel}", moved, nodes.expand_depthwise, *arguments)
+                moved = 2 * images * small**2 * (hidden + out)
+                yield self._case(f"{small}x{out}", f"t{expansion}", moved, nodes.project, images, small, hidden, out)
             for residual in (False, True) if stride == 1 and into == out else (False,):
-                moved = 2 * self._images * small**2 * out * (3 if residual else 2)
-                yield Case(
-                    "finish_map",
-                    f"{small}x{out}",
-                    "residual" if residual else "",
-                    moved,
-                    lambda s=small, o=out, r=residual: self._finish(s, o, r),
-                )
+                moved = 2 * images * small**2 * out * (3 if residual else 2)
+                detail = "residual" if residual else ""
+                yield self._case(f"{small}x{out}", detail, moved, nodes.finish_map, images, small, out, residual)
 
-    def _affine(self, channels: int) -> Tensor:
-        return torch.stack([_random(channels) * 0.1 + 1, _random(channels), torch.full((channels,), 6.0).cuda()])
+    def _case(self, layer: str, detail: str, moved: int, make: Callable[..., Node], *arguments: Any) -> Case:
+        def prepare() -> Callable[[], None]:
+            node, stream = make(*arguments), torch.cuda.current_stream().cuda_stream
+            function = getattr(self._nodes.kernels, node.kernel)
 
-    def _launch(self, name: str, node: Any, *kept: Tensor) -> Callable[[], None]:
-        function, stream = getattr(self._k, name), torch.cuda.current_stream().cuda_stream
+            def launch() -> None:
+                function(node.arguments, stream)  # and its buffers are kept
 
-        def launch(kept: tuple[Tensor, ...] = kept) -> None:
-            function([node], stream)
+            return launch
 
-        return launch
-
-    def _expand_depthwise(self, height: int, into: int, hidden: int, kernel: int, stride: int) -> Callable[[], None]:
-        small = -(-height // stride)
-        x = _random(self._images, height, height, into, dtype=torch.bfloat16)
-        expand = _random(hidden, into, dtype=torch.bfloat16)
-        depthwise = (_random(kernel**2, hidden) / kernel).half()
-        d = torch.empty(self._images, small, small, hidden, dtype=torch.half, device="cuda")
-        affine = self._affine(hidden)
-        affine[0] /= into**0.5
-        node = self._k.ExpandDepthwise(
-            x=x.data_ptr(),
-            expand=expand.data_ptr(),
-            affine=affine.data_ptr(),
-            depthwise=depthwise.data_ptr(),
-            d=d.data_ptr(),
-            images=self._images,
-            height=height,
-            width=height,
-            in_channels=into,
-            hidden_channels=hidden,
-            kernel=kernel,
-            stride=stride,
-            activation=_RELU6,
-        )
-        partials = torch.empty(self._k.expand_depthwise_units(node), 4, hidden, device="cuda")
-        node.partials = partials.data_ptr()
-        return self._launch("expand_depthwise", node, x, expand, affine, depthwise, d, partials)
-
-    def _project(self, size: int, hidden: int, out: int) -> Callable[[], None]:
-        pixels = self._images * size**2
-        d = _random(pixels, hidden, dtype=torch.half)
-        affine, weight = self._affine(hidden), (_random(out, hidden) / hidden**0.5).half()
-        y, factor = torch.empty(pixels, out, dtype=torch.bfloat16, device="cuda"), torch.ones(out, device="cuda")
-        partials = torch.empty(self._k.pointwise_units(pixels), 4, out, device="cuda")
-        output = self._k.PointwiseOutput(
-            y=y.data_ptr(), partials=partials.data_ptr(), factor=factor.data_ptr(), channels=out
-        )
-        node = self._k.Project(
-            d=d.data_ptr(),
-            affine=affine.data_ptr(),
-            weight=weight.data_ptr(),
-            out=output,
-            pixels=pixels,
-            image_pixels=size**2,
-            hidden_channels=hidden,
-            activation=_RELU6,
-        )
-        return self._launch("project", node, d, affine, weight, y, factor, partials)
-
-    def _finish(self, size: int, channels: int, residual: bool) -> Callable[[], None]:
-        pixels = self._images * size**2
-        values, other = (_random(pixels, channels, dtype=torch.bfloat16) for _ in range(2))
-        affine = self._affine(channels)
-        moments = torch.empty(channels + 1, channels, device="cuda")
-        partials = torch.empty(max(1, self._k.finish_map_floats(pixels, channels)), device="cuda")
-        node = self._k.FinishMap(
-            map=values.data_ptr(),
-            affine=affine.data_ptr(),
-            residual=other.data_ptr() if residual else 0,
-            mean=moments[0].data_ptr(),
-            covariance=moments[1].data_ptr(),
-            partials=partials.data_ptr(),
-            pixels=pixels,
-            channels=channels,
-        )
-        return self._launch("finish_map", node, values, other, affine, moments, partials)
+        return Case(make.__name__, layer, detail, moved, prepare)
 
 
 def bandwidth() -> float:
     """Bytes a second of a copy, read and written ones counted."""
-    source = _random(1 << 29)
+    source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds([lambda: target.copy_(source)])
 
@@ -219,7 +133,7 @@ def main() -> None:
         parser.error("expected a GPU, found none")
     copied = 0.0 if options.once else bandwidth()
     results = []
-    for case in Cases(options.images):
+    for case in Cases(options.images, Nodes(_library.require_cuda().kernels, "cuda")):
         if (
             (options.kernels and case.kernel not in options.kernels)
             or (options.layers and case.layer not in options.layers)

@@ -1,0 +1,112 @@
+"""The calls of kernels that bench/emulate_report.py counts, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from gpu_kernels import LAYERS
+from kernel_nodes import Node, Nodes
+
+PARTS = 132  # multiprocessors of an H100, of which one is emulated
+UNITS = 2048  # kMaxUnits (csrc/cuda/pointwise.cuh)
+
+KERNELS = ("stem_conv", "expand_depthwise", "project", "finish_map", "strided_conv", "squeeze", "head_pool", "linear")
+KERNELS += ("path_cross_entropy", "pointwise_affine", "norm_affine")
+_ONLY_QUICK = {"32x3 to 32 k3 s2", "7x40 to 256", "40 to 100", "100 classes"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a kernel.
+
+    Attributes:
+        kernel: its name.
+        name: the shape in words.
+        make: makes its node, for that many images.
+        quick: whether it is one of the few small ones.
+    """
+
+    kernel: str
+    name: str
+    make: Callable[[Nodes, int], Node]
+    quick: bool = False
+
+
+def _all_cases() -> Iterator[Case]:
+    """Every kernel at every shape, some of them more than once."""
+    for height, into, out, stride in LAYERS:
+        small = -(-height // stride)
+        quick = (into, out) == (192, 192)
+        for t in (3, 6):
+            hidden = t * into
+            for k in (3, 5, 7):
+                yield Case(
+                    "expand_depthwise",
+                    f"{height}x{into} t{t} k{k} s{stride}",
+                    lambda n, i, h=height, c=into, m=hidden, k=k, s=stride: n.expand_depthwise(i, h, c, m, k, s),
+                    quick and (t, k) == (3, 3),
+                )
+            yield Case(
+                "project",
+                f"{small}x{hidden} to {out}",
+                lambda n, i, s=small, m=hidden, o=out: n.project(i, s, m, o),
+                quick and t == 3,
+            )
+            yield Case(
+                "squeeze", f"{small}x{hidden}", lambda n, i, s=small, m=hidden: n.squeeze(i, s, m), quick and t == 3
+            )
+            for channels, units in ((hidden, UNITS), (out, UNITS)):
+                yield Case(
+                    "norm_affine",
+                    f"{channels} of {units} units",
+                    lambda n, i, c=channels, u=units: n.norm_affine(u, c),
+                    quick and t == 3 and channels == out,
+                )
+            yield Case(
+                "pointwise_affine",
+                f"{into} to {hidden}",
+                lambda n, i, c=into, m=hidden: n.pointwise_affine(c, m),
+                quick and t == 3,
+            )
+        for residual in (False, True) if stride == 1 and into == out else (False,):
+            yield Case(
+                "finish_map",
+                f"{small}x{out}" + " residual" * residual,
+                lambda n, i, s=small, o=out, r=residual: n.finish_map(i, s, o, r),
+                quick and not residual,
+            )
+        if stride > 1:
+            yield Case(
+                "strided_conv",
+                f"{height}x{into} to {out} s{stride}",
+                lambda n, i, h=height, c=into, o=out, s=stride: n.strided_conv(i, h, c, o, s),
+                height == 14,
+            )
+    yield Case("stem_conv", "224x3 to 32 k3 s2", lambda n, i: n.stem_conv(i, 224, 32))
+    yield Case("stem_conv", "32x3 to 32 k3 s2", lambda n, i: n.stem_conv(i, 32, 32), True)
+    yield Case("pointwise_affine", "320 to 1280", lambda n, i: n.pointwise_affine(320, 1280))
+    yield Case("head_pool", "7x320 to 1280", lambda n, i: n.head_pool(i, 7, 320, 1280))
+    yield Case("head_pool", "7x40 to 256", lambda n, i: n.head_pool(i, 7, 40, 256), True)
+    yield Case("linear", "1280 to 1000", lambda n, i: n.linear(16 * i, 1280, 1000))
+    yield Case("linear", "40 to 100", lambda n, i: n.linear(i, 40, 100), True)
+    yield Case("path_cross_entropy", "1000 classes", lambda n, i: n.path_cross_entropy(PARTS * i, 1000))
+    yield Case("path_cross_entropy", "100 classes", lambda n, i: n.path_cross_entropy(i, 100), True)
+
+
+def cases(quick: bool, kernels: list[str] | None) -> list[Case]:
+    """Each shape once, by kernel; of some kernels quick runs have shapes of their own.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    for kernel in kernels or ():
+        if kernel not in KERNELS:
+            raise ValueError(f"kernels: expected some of {', '.join(KERNELS)}, got {kernel}")
+    found: dict[tuple[str, str], Case] = {}
+    for case in _all_cases():
+        known = found.get((case.kernel, case.name))
+        if case.kernel in (kernels or KERNELS) and (known is None or case.quick):
+            found[case.kernel, case.name] = case
+    chosen = [case for case in found.values() if (case.quick if quick else case.name not in _ONLY_QUICK)]
+    return sorted(chosen, key=lambda case: KERNELS.index(case.kernel))
