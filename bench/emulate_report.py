@@ -67,7 +67,7 @@ from typing import Any
 
 import torch
 from emulated_cases import KERNELS, PARTS, UNITS, Case, cases
-from emulated_traffic import LIMITS, SHARED_BYTES, Device, sides
+from emulated_traffic import LIMITS, LOOP, SHARED_BYTES, Device, sides
 from emulation_build import build_traced  # emulated_traffic knows where it is
 from measure import machine
 
@@ -206,7 +206,8 @@ count; `bench/emulate_report.py` says how it is laid out.
 - sectors: of 32 bytes, a request of a warp to these maps, read and written; then the largest ratio to the fewest that
   hold the same bytes (at most {LIMITS["sectors"]})
 - wavefronts: of shared memory, a request (at best 1 with 4 bytes a lane, 2 with 8, 4 with 16 and for ldmatrix); then
-  the largest conflict of a source line that makes a hundredth of the requests (at most {LIMITS["ways"]}-way)
+  the largest conflict of a source line in an inner loop: one that a warp passes more than {LOOP} times in a block and
+  that makes a hundredth of the requests (at most {LIMITS["ways"]}-way)
 - grid: blocks; barriers: of a block. A sum is over the call's launches
 
 {sum(met)} of {len(met)} limits are met. Where one is not, a number in brackets says why, and for conflicts a \

@@ -7,6 +7,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ SHARED_BYTES = 227 * 1024  # of a block on an H100
 
 # launch: different bytes of the call, in whole sectors, over the floor. blocks: bytes of the streams, different ones in
 # each block and summed up over blocks, over the streams' floor. sectors: those of requests over the fewest, of the
-# stream and the direction with the most. ways: of conflicts, at source lines with a hundredth of the shared requests.
+# stream and the direction with the most. ways: of conflicts in inner loops: at source lines that a warp passes more
+# often than LOOP times in a block, and that make a hundredth of the shared requests.
+LOOP = 8  # the channels of a vector
 LIMITS = {"launch": 1.05, "blocks": 2.0, "sectors": 1.25, "ways": 2}
 
 # Why a limit is not met, by kernel and limit.
@@ -218,9 +221,10 @@ def _conflicts(case: tuple[str, str], launches: list[dict[str, Any]]) -> dict[st
     worst, where, share = 1, "", 0.0
     for launch in launches:
         requests = sum(kind["requests"] for kind in launch["shared"].values())
+        least = LOOP * launch["blocks"] * ceil(launch["threads"] / 32)
         for site in launch["sites"]:
             ways = {int(ways): requests for ways, requests in site["by_ways"].items()}
-            if max(ways) <= worst or site["requests"] < 0.01 * requests:
+            if site["requests"] <= max(least, 0.01 * requests) or max(ways) <= worst:
                 continue
             worst, where = max(ways), f"{site['line']} {site['kind']}"
             share = sum(n for w, n in ways.items() if w > LIMITS["ways"]) / site["requests"]

@@ -21,6 +21,7 @@
 #include "recorded_runtime.h"
 
 namespace cuda = greedynas::cuda;
+using Map = cuda::BFloat16;  // what is modelled
 
 namespace {
 
@@ -72,9 +73,9 @@ void launch(void (*function)(const cuda::Group<Node>&, cuda::Stream), const Node
   function(group, nullptr);
 }
 
-cuda::PointwiseOutput output(int channels, bool mapped) {
-  cuda::PointwiseOutput out{};
-  out.y = somewhere<uint16_t>();
+cuda::PointwiseOutput<Map> output(int channels, bool mapped) {
+  cuda::PointwiseOutput<Map> out{};
+  out.y = somewhere<Map>();
   out.channels = channels;
   if (mapped) {
     out.affine = somewhere<float>();
@@ -95,48 +96,48 @@ const std::map<std::string, Case> cases{
     {"expand_depthwise",
      {8,
       [](const Numbers& n) {
-        cuda::ExpandDepthwise node{};
+        cuda::ExpandDepthwise<Map> node{};
         node.partials = somewhere<float>();
         node.images = n[0], node.height = n[1], node.width = n[2], node.in_channels = n[3];
         node.hidden_channels = n[4], node.kernel = n[5], node.stride = n[6], node.activation = n[7];
-        launch(cuda::expand_depthwise, node);
+        launch(cuda::expand_depthwise<Map>, node);
       }}},
     // pixels, pixels of an image, hidden, channels, mapped, activation
     {"project",
      {6,
       [](const Numbers& n) {
-        cuda::Project node{};
+        cuda::Project<Map> node{};
         node.pixels = n[0], node.image_pixels = n[1], node.hidden_channels = n[2];
         node.out = output(n[3], n[4] != 0);
         node.activation = n[5];
-        launch(cuda::project, node);
+        launch(cuda::project<Map>, node);
       }}},
     // pixels channels residual moments activation
     {"finish_map",
      {5,
       [](const Numbers& n) {
-        cuda::FinishMap node{};
+        cuda::FinishMap<Map> node{};
         node.affine = somewhere<float>();
-        node.residual = n[2] ? somewhere<uint16_t>() : nullptr;
+        node.residual = n[2] ? somewhere<Map>() : nullptr;
         node.mean = node.covariance = n[3] ? somewhere<float>() : nullptr;
         node.pixels = n[0], node.channels = n[1], node.activation = n[4];
-        launch(cuda::finish_map, node);
+        launch(cuda::finish_map<Map>, node);
       }}},
     // images height width in channels stride mapped
     {"strided_conv",
      {7,
       [](const Numbers& n) {
-        cuda::StridedConv node{};
+        cuda::StridedConv<Map> node{};
         node.images = n[0], node.height = n[1], node.width = n[2], node.in_channels = n[3];
         node.out = output(n[4], n[6] != 0);
         node.stride = n[5];
-        launch(cuda::strided_conv, node);
+        launch(cuda::strided_conv<Map>, node);
       }}},
     // images height width in channels kernel stride mapped
     {"stem_conv",
      {8,
       [](const Numbers& n) {
-        cuda::StemConv node{};
+        cuda::StemConv<Map> node{};
         node.images_count = n[0], node.height = n[1], node.width = n[2], node.in_channels = n[3];
         node.out = output(n[4], n[7] != 0);
         node.kernel = n[5], node.stride = n[6];
@@ -146,10 +147,10 @@ const std::map<std::string, Case> cases{
     {"head_pool",
      {5,
       [](const Numbers& n) {
-        cuda::HeadPool node{};
+        cuda::HeadPool<Map> node{};
         node.images = n[0], node.image_pixels = n[1], node.in_channels = n[2], node.channels = n[3];
         node.activation = n[4];
-        launch(cuda::head_pool, node);
+        launch(cuda::head_pool<Map>, node);
       }}},
     // rows depth channels
     {"linear",
@@ -163,17 +164,17 @@ const std::map<std::string, Case> cases{
     {"squeeze",
      {4,
       [](const Numbers& n) {
-        cuda::Squeeze node{};
+        cuda::Squeeze<cuda::StoredOf<Map>> node{};
         node.images = n[0], node.image_pixels = n[1], node.channels = n[2], node.activation = n[3];
-        launch(cuda::squeeze, node);
+        launch(cuda::squeeze<cuda::StoredOf<Map>>, node);
       }}},
     // in channels
     {"pointwise_affine",
      {2,
       [](const Numbers& n) {
-        cuda::PointwiseAffine node{};
+        cuda::PointwiseAffine<Map> node{};
         node.in_channels = n[0], node.channels = n[1];
-        launch(cuda::pointwise_affine, node);
+        launch(cuda::pointwise_affine<Map>, node);
       }}},
     // units channels
     {"norm_affine",

@@ -116,21 +116,17 @@ __global__ void __launch_bounds__(moments_threads(kTiles), blocks_of_pass(kTiles
     }
     float x[8];
     unpack<T>(x, words);
-    auto* sample = reinterpret_cast<float4*>(values) + 2 * thread;  // single floats would meet in the banks
-    sample[0] = float4{x[0], x[1], x[2], x[3]};
-    sample[1] = float4{x[4], x[5], x[6], x[7]};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[8 * thread + i] = x[i];
   }
   __syncthreads();
   if (thread < channels) pilots[thread] = pilot_of<T>(values + thread, channels);
   __syncthreads();
   unsigned pilot[4] = {};
   if (active) {
-    const auto* of_vector = reinterpret_cast<const float4*>(pilots + 8 * local_vector);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 four = of_vector[i];
-      pilot[2 * i] = Pair<T>::pack(four.x, four.y);
-      pilot[2 * i + 1] = Pair<T>::pack(four.z, four.w);
+    for (int i = 0; i < 4; ++i) {
+      pilot[i] = Pair<T>::pack(pilots[8 * local_vector + 2 * i], pilots[8 * local_vector + 2 * i + 1]);
     }
   }
 

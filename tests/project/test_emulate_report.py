@@ -86,10 +86,13 @@ def test_a_limit_that_is_exceeded_is_named(bench):
     site = {"line": "some.cu:7", "kind": "load", "bytes": 4, "requests": 100, "wavefronts": 130}
     rare = {**site, "requests": 1, "by_ways": {"32": 1}}
     shared = {"load": {"requests": 101, "wavefronts": 162}}
-    launch = {"buffers": {"x": x}, "shared": shared, "sites": [rare, {**site, "by_ways": {"1": 90, "4": 10}}]}
+    launch = {"buffers": {"x": x}, "shared": shared, "blocks": 2, "threads": 100}
+    launch["sites"] = [rare, {**site, "by_ways": {"1": 90, "4": 10}}]
     call = traffic.judge(("some", "shape"), [launch], None)
     values = {limit: (verdict["value"], verdict["met"]) for limit, verdict in call["verdicts"].items()}
     assert values == {"launch": (1.6, False), "blocks": (2.5, False), "sectors": (2.0, False), "ways": (4, False)}
     assert call["verdicts"]["ways"]["of"] == "some.cu:7 load"
     assert call["verdicts"]["ways"]["share"] == 0.1
     assert call["floor_bytes"] == 2000
+    outside = {**launch, "blocks": 4}  # 16 warps that pass the line 6 times
+    assert traffic.judge(("some", "shape"), [outside], None)["verdicts"]["ways"]["value"] == 1
