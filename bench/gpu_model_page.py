@@ -27,7 +27,8 @@ _HEAD = """\
 # Modelled times of the CUDA kernels on an H100
 
 Computed by `make emulate-report` (`bench/gpu_model.py`) without a GPU; only what is called measured was measured
-(`bench/results/h100/`: one H100, {images} images). No constant is fitted to that.
+(`bench/results/h100/`: one H100, {images} images). No constant is fitted to that, but the form of
+the model was chosen with the measured times known: it is no blind prediction.
 
 ## The model
 
