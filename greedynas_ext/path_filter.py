@@ -104,7 +104,7 @@ class PathFilter:
         micro_batch: int | None = None,
         fused: bool | None = None,
     ) -> None:
-        num_choices = [len(layer) for layer in Chain.of(supernet).choices]
+        num_choices = list(Chain.of(supernet).sizes)
         self.supernet = supernet
         self.m, self.k = check_count("m", m, 1), check_count("k", k, 1)
         if self.k > self.m:

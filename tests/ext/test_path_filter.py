@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from supernets import Chain, plain_image_losses
+from foreign_supernets import FOREIGN
+from foreign_supernets import make as make_foreign
+from supernets import Chain, draw_images, plain_image_losses
 from torch import Tensor, nn
 
 import greedynas_ext.path_filter
-from greedynas_ext import ExploitSchedule, PathFilter, UniformSampler, evaluate_paths
+from greedynas_ext import ExploitSchedule, PathFilter, UniformSampler, adapt, evaluate_paths
 
 CHOICES = (3, 2, 3, 3)
 
@@ -393,3 +395,16 @@ def test_bad_supernets_and_images_are_named(net: Chain) -> None:
         paths_to_train.draw(lambda: images)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match=r"^cost: expected it to return 1 costs for 1 paths, got \[2\]"):
         make(net, warmup=0, max_cost=3, cost=lambda paths: [1.0] * 2).draw(images, targets)
+
+
+def test_an_adapted_supernet() -> None:
+    """Its layers differ in their number of options."""
+    net, foreign = make_foreign("scarlet"), FOREIGN["scarlet"]
+    view = adapt(net, **foreign.arguments)
+    images, targets = draw_images(4, 20)
+    path_filter = make(view, 6, 2, warmup=0)
+    assert path_filter.pool.num_choices == foreign.sizes
+    kept = path_filter.draw(images, targets)
+    drawn = path_filter.last.drawn.paths
+    losses = evaluate_paths(view, drawn, images, targets).losses
+    assert torch.equal(kept, drawn[losses.argsort()[:2]])
