@@ -71,7 +71,8 @@ from emulated_traffic import LIMITS, LOOP, SHARED_BYTES, Device, sides
 from emulation_build import build_traced  # emulated_traffic knows where it is
 from measure import machine
 
-from greedynas.storage import write_bytes, write_json
+from greedynas_ext.files import write_bytes
+from greedynas_ext.strict_json import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 8

@@ -17,7 +17,8 @@ from kernel_nodes import STREAMS, Node, Nodes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "emulation"))
 
-from emulation_trace import Config, Trace
+from emulated_device import Configuration
+from emulation_trace import Trace
 
 SHARED_BYTES = 227 * 1024  # of a block on an H100
 
@@ -77,7 +78,7 @@ class Device:
             raise FileNotFoundError(f"folder: expected a tracing build in {folder}, got none")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        self._config, self._trace = Config.of(str(path)), Trace(str(path))
+        self._config, self._trace = Configuration.of(str(path)), Trace(str(path))
         self._config.shared_bytes, self._config.multiprocessors = SHARED_BYTES, 1
         self.nodes = Nodes(module.kernels, "cpu")
 

@@ -22,7 +22,6 @@ from typing import Any
 from gpu_model_page import page
 from gpu_nodes import Measurable, Node, evaluation, layer_nodes
 from gpu_traffic import Counted, Traffic
-from greedynas._files import write_bytes
 from inputs import make_paths
 from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, pieces, plain, pointwise
 from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels, gencode
@@ -30,6 +29,7 @@ from occupancy import MULTIPROCESSORS, resident_blocks
 from sass import Kernel, disassemble
 
 from greedynas import get_space
+from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 
 ARCHITECTURE = "9.0"

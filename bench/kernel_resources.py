@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from greedynas._files import write_bytes
 from nvcc import BUILT_FOR, KERNELS, SETUP, Compiled, Resources, compile_kernels
 from occupancy import resident_blocks
 
 from greedynas.markdown import table
+from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 
 BUDGETS = KERNELS / "budgets.toml"

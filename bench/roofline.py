@@ -19,13 +19,13 @@ from typing import Any
 
 import matplotlib as mpl
 from gpu_nodes import evaluation
-from greedynas._files import write_bytes
 from inputs import make_paths
 from nvcc import ROOT
 
 from greedynas import Space, get_space
 from greedynas.costs import output_size
 from greedynas.markdown import image, table
+from greedynas_ext.files import write_bytes
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend

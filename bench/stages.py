@@ -28,7 +28,7 @@ from typing import Any
 
 from measure import machine
 
-from greedynas.storage import write_json
+from greedynas_ext.strict_json import write_json
 
 CPU = Path(__file__).resolve().parents[1] / "csrc/cpu"
 CORES = len(os.sched_getaffinity(0))
