@@ -306,7 +306,7 @@ def test_wrong_paths_are_refused_as_ever() -> None:
     images, targets = draw_images(3, 20)
     with pytest.raises(ValueError, match=r"paths: expected int64 \[m, 3\]"):
         evaluate_paths(view, torch.zeros(2, 5, dtype=torch.int64), images, targets)
-    with pytest.raises(ValueError, match=r"paths: expected indices in \[0, 6\) in layer 1, got 6 in path 0"):
+    with pytest.raises(ValueError, match=r"paths\[0\]\[1\]: expected an operation index of 0 to 5, got 6"):
         evaluate_paths(view, [[0, 6, 0]], images, targets)
 
 
