@@ -51,12 +51,18 @@ double fma_ceiling(const ThreadTeam& team) {
   const Vector b = Vector{} + 0.5f, c = Vector{} + 0.25f;
   const double seconds = median_seconds(team, [&] {
     Vector sums[kSums];
-    for (Vector& sum : sums) sum = Vector{} + 1.f;
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i)
+      sums[i] = Vector{} + (1.f + i);  // different: one chain must not stand for all
     for (int loop = 0; loop < kLoops; ++loop) {
 #pragma GCC unroll 12
       for (int i = 0; i < kSums; ++i) sums[i] = sums[i] * b + c;
     }
-    for (Vector& sum : sums) asm volatile("" ::"m"(sum));
+    Vector total = sums[0];
+#pragma GCC unroll 12
+    for (int i = 1; i < kSums; ++i) total += sums[i];
+    volatile float sink = total[0];
+    static_cast<void>(sink);
   });
   return static_cast<double>(team.size()) * kLoops * kSums * (sizeof(Vector) / sizeof(float)) / seconds / 1e9;
 }
@@ -70,12 +76,17 @@ double half_fma_ceiling(const ThreadTeam& team) {
   const __m512h b = _mm512_set1_ph(0.5f), c = _mm512_set1_ph(0.25f);
   const double seconds = median_seconds(team, [&] {
     __m512h sums[kSums];
-    for (__m512h& sum : sums) sum = _mm512_set1_ph(1.f);
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_ph(1.f + i);
     for (int loop = 0; loop < kLoops; ++loop) {
 #pragma GCC unroll 12
       for (int i = 0; i < kSums; ++i) sums[i] = _mm512_fmadd_ph(sums[i], b, c);
     }
-    for (__m512h& sum : sums) asm volatile("" ::"m"(sum));
+    __m512h total = sums[0];
+#pragma GCC unroll 12
+    for (int i = 1; i < kSums; ++i) total = _mm512_add_ph(total, sums[i]);
+    volatile float sink = static_cast<float>(_mm512_cvtsh_h(total));
+    static_cast<void>(sink);
   });
   return static_cast<double>(team.size()) * kLoops * kSums * 32 / seconds / 1e9;
 }
@@ -117,7 +128,11 @@ double read_ceiling(const ThreadTeam& team) {
           sums[j] += value;
         }
       }
-      for (Vector& sum : sums) asm volatile("" ::"m"(sum));
+      Vector total = sums[0];
+#pragma GCC unroll 8
+      for (int i = 1; i < 8; ++i) total += sums[i];
+      volatile float sink = total[0];
+      static_cast<void>(sink);
     });
   });
   return kFloats * sizeof(float) / seconds / 1e9;
