@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -18,6 +16,7 @@ from kernel_nodes import STREAMS, Node, Nodes
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "emulation"))
 
 from emulated_device import Configuration
+from emulation_build import load
 from emulation_trace import Trace
 
 SHARED_BYTES = 227 * 1024  # of a block on an H100
@@ -72,13 +71,9 @@ class Device:
     """The part of a device that is emulated, and its kernels."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-        spec = importlib.util.spec_from_file_location("_cuda", path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise FileNotFoundError(f"folder: expected a tracing build in {folder}, got none")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self._config, self._trace = Configuration.of(str(path)), Trace(str(path))
+        module = load(folder)
+        path = str(module.__file__)
+        self._config, self._trace = Configuration.of(path), Trace(path)
         self._config.shared_bytes, self._config.multiprocessors = SHARED_BYTES, 1
         self.nodes = Nodes(module.kernels, "cpu")
 

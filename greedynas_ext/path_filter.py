@@ -72,7 +72,7 @@ class PathFilter:
         bn: as for `evaluate_paths`, as are the following.
         calibration: images for bn="recalibrated".
         label_smoothing: of the losses that are compared.
-        precision: "fp32", "bf16" or None.
+        precision: "fp32", "bf16", "fp16" (on GPUs) or None.
         max_memory: bytes for activations and working memory.
         micro_batch: evaluate at most this many images at once.
         fused: whether fused kernels must (True) or must not (False) be used.

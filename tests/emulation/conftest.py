@@ -6,9 +6,7 @@ CUDA_KERNELS=folder takes a module that was built before.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,19 +64,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """greedynas_ext._cuda, of the GPU or of the emulation."""
     if os.environ.get("GREEDYNAS_TEST_CUDA") == "1":
         return importlib.import_module("greedynas_ext._cuda")
-    if "CUDA_KERNELS" in os.environ:
-        folder = Path(os.environ["CUDA_KERNELS"])
-    else:
-        from emulation_build import build
+    from emulation_build import build, load
 
-        folder = build(tmp_path_factory.mktemp("emulated"), [])
-    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if "CUDA_KERNELS" in os.environ:
+        return load(Path(os.environ["CUDA_KERNELS"]))
+    return load(build(tmp_path_factory.mktemp("emulated"), []))
 
 
 @pytest.fixture

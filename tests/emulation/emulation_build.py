@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pybind11
 
@@ -60,3 +62,18 @@ def build(folder: Path, flags: list[str], tracer: Path | None = None) -> Path:
     linked = command if tracer is None else [*COMMAND, str(tracer)]  # without a sanitizer
     subprocess.run([*linked, "-shared", *objects, "-o", str(module)], check=True)
     return folder
+
+
+def load(folder: Path) -> ModuleType:
+    """The module that a build has left in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"folder: expected a build in {folder}, got none")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import mmap
-import sysconfig
 from collections.abc import Callable, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from emulated_device import configured
-from emulation_build import build
+from emulation_build import build, load
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -34,14 +31,8 @@ Kernels = Any
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
-    folder = build(tmp_path_factory.mktemp("far"), [f"-DGREEDYNAS_MAX_UNITS={MAX_UNITS}"])
-    file = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = spec_from_file_location("_cuda", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with configured(str(Path(file))) as device:
+    module = load(build(tmp_path_factory.mktemp("far"), [f"-DGREEDYNAS_MAX_UNITS={MAX_UNITS}"]))
+    with configured(str(module.__file__)) as device:
         device.last_blocks = 1
         device.multiprocessors = 1 << 20  # a block has one piece of work
         yield module.kernels
