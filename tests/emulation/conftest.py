@@ -1,12 +1,14 @@
-"""The kernels under test: executed under emulation on the host, or, with GREEDYNAS_TEST_CUDA=1, on this machine's GPU.
+"""The kernels under test, executed under emulation on the host, or, with GREEDYNAS_TEST_CUDA=1, on this machine's GPU.
 
-CUDA_KERNELS=folder takes a module that was built before.
+CUDA_KERNELS=folder takes a module that was built before; EMULATION_LAUNCHES=file is written with which kernels each
+test has launched (launches.py).
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from emulated_device import configured
+from filelock import FileLock
+from launches import Record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -68,11 +72,30 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
     if "CUDA_KERNELS" in os.environ:
         return load(Path(os.environ["CUDA_KERNELS"]))
-    return load(build(tmp_path_factory.mktemp("emulated"), []))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one build for all of them
+        root = root.parent
+    folder = root / "emulated"
+    with FileLock(root / "emulated.lock"):
+        if not folder.exists():
+            build(tmp_path_factory.mktemp("emulated"), []).rename(folder)
+    return load(folder)
+
+
+@pytest.fixture(scope="session")
+def record(built: ModuleType) -> Iterator[Record | None]:
+    """Where EMULATION_LAUNCHES asks for it."""
+    if "EMULATION_LAUNCHES" not in os.environ:
+        yield None
+        return
+    assert built.__file__
+    record = Record(built.__file__)
+    yield record
+    record.write(Path(os.environ["EMULATION_LAUNCHES"]))
 
 
 @pytest.fixture
-def cuda(built: ModuleType, request: pytest.FixtureRequest) -> Iterator[Backend]:
+def cuda(built: ModuleType, record: Record | None, request: pytest.FixtureRequest) -> Iterator[Backend]:
     """For maps in bf16, or as a test asks for in precisions.py; sm_75 has 64 KB of shared memory."""
     precision, _, arch = getattr(request, "param", "bf16").partition(" on ")
     if os.environ.get("GREEDYNAS_TEST_CUDA") == "1":
@@ -84,7 +107,10 @@ def cuda(built: ModuleType, request: pytest.FixtureRequest) -> Iterator[Backend]
     with configured(built.__file__) as configuration:
         if arch == "sm_75":
             configuration.arch, configuration.shared_bytes = 750, 64 * 1024
+        start = time.perf_counter()
         yield Backend(built, built.kernels, torch.device("cpu"), 0, precision)
+        if record is not None:
+            record.add(request.node.nodeid, time.perf_counter() - start)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from precisions import of_floats
 
 GUARD = 16
 
@@ -74,6 +75,7 @@ def test_smoothing_of_one(cuda):
     check(cuda, torch.randn(2, 9, 10, generator=generator), torch.randint(0, 10, (9,), generator=generator), 1.0)
 
 
+@of_floats
 @pytest.mark.parametrize("classes", [5, 300, 1500])
 def test_counts(cuda, classes):
     """The first of equal logits is the predicted class, wherever the threads' borders lie; counts start from 0."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from precisions import of_floats
 
 GUARD = 8
 
@@ -27,6 +28,7 @@ def test_numbers(cuda, count):
         check(cuda, losses, k)
 
 
+@of_floats
 @pytest.mark.parametrize("count", [10, 600])
 def test_ties(cuda, count):
     losses = torch.randint(-2, 3, (count,), generator=torch.Generator().manual_seed(count)).float()

@@ -12,9 +12,43 @@ from typing import Any
 import pytest
 from emulation_build import COMMAND, COMPILER, FOLDER, TRACE, build_traced, compile_tracer
 from emulation_trace import Lines, named
-from test_sanitized import SMALL, run_tests
+from test_sanitized import run_tests
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+# A test or two of each file.
+SMALL = [
+    "test_conv_bn.py::test_strided_group[bf16]",
+    "test_conv_bn.py::test_strided_group[fp32]",
+    "test_conv_bn.py::test_stem_not_finite[fp16 on sm_75]",
+    "test_conv_bn.py::test_stem_not_finite[fp32]",
+    "test_expand_depthwise.py::test_without_statistics[bf16]",
+    "test_expand_depthwise.py::test_without_statistics[fp32]",
+    "test_expand_depthwise.py::test_variants[3-2-0-fp16 on sm_75]",
+    "test_expand_depthwise.py::test_variants[5-1-1-fp32]",
+    "test_finish_map.py::test_pixels[17-bf16]",
+    "test_finish_map.py::test_pixels[17-fp32]",
+    "test_head.py::test_image_alone_gives_the_same[bf16]",
+    "test_head.py::test_image_alone_gives_the_same[fp32]",
+    "test_linear.py::test_group",
+    "test_pack.py::test_norms",
+    "test_pack.py::test_pointwise_rounding",
+    "test_pack.py::test_depthwise_extremes[bf16]",
+    "test_pack.py::test_depthwise_extremes[fp32]",
+    "test_pack.py::test_project_extremes[bf16]",
+    "test_pack.py::test_project_extremes[fp32]",
+    "test_path_cross_entropy.py::test_counts[300-fp32]",
+    "test_project.py::test_group_of_different_depths[bf16]",
+    "test_project.py::test_group_of_different_depths[fp32]",
+    "test_select_top_k.py::test_ties[600-fp32]",
+    "test_squeeze_excite.py::test_group[bf16]",
+    "test_squeeze_excite.py::test_group[fp32]",
+    "test_statistics.py::test_norm_affine_of_a_group",
+    "test_statistics.py::test_pointwise_affine_of_a_group[bf16]",
+    "test_statistics.py::test_pointwise_affine_of_a_group[fp16]",
+    "test_statistics.py::test_pointwise_affine_of_a_group[fp32]",
+    "test_cuda_chain.py::test_targets_out_of_range",
+]
 
 
 class Traced:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "barrier.h"
+#include "executed.h"
 #include "shared_memory.h"
 #include "thread.h"
 #include "warp.h"
@@ -152,6 +153,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, std::size_t 
     block_size = block;
     const std::string refused = refusal(dynamic_bytes);
     if (!refused.empty()) throw std::runtime_error("emulation: " + std::string(name) + ": " + refused);
+    note_executed(reinterpret_cast<const void*>(kernel));
     errors.clear();
     abandoning = false;
     scheduler.sanitized.take_handle_of_current();
