@@ -94,7 +94,8 @@ struct NormAffine {
   const float* stored_factor;  // what the summed values were multiplied by, powers of two; null: 1. Known
                                // statistics are never.
   float* affine;               // written; maps stored values
-  float* keep;                 // written: mean and biased variance [2][row_channels], not multiplied; or null
+  float* keep;  // written: the mean and biased variance that the map is made of, rounded and not
+                // multiplied, [2][padded(channels)] as choice_block.h has them; or null
   BatchNorm norm;
   int units, channels;
   int activation;  // Activation (choice_block.h) after the affine map
