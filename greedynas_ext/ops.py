@@ -79,10 +79,16 @@ def mixed_op(
     that of a few images for each thread; beside it one input and one output, channels padded to a multiple of 16. The
     kernels are those of `evaluate_paths`.
 
+    On a GPU float32 is computed by kernels: nodes of like operations share launches, whose depthwise outputs take up to
+    256 MB, or one node's if that is more; inputs and outputs are copied where their channels are no multiple of 8.
+    float64, and operations for which there are no kernels (depthwise kernels other than 3, 5 and 7, depthwise strides
+    above 2, expansions of more than 4,096 channels), are computed in plain torch, where outputs repeat to rounding
+    only. The host reads the indices, and so waits for the GPU unless they lie on the CPU.
+
     Args:
         inputs: float64 or float32 [B, N, H, W, C], N, H, W and C at least 1; made contiguous if they are not.
-        input_index: int64 [P], each in [0, B).
-        op_index: int64 [P], each in [0, O) for a block of O operations.
+        input_index: int64 [P], each in [0, B); with inputs on a GPU there or on the CPU.
+        op_index: int64 [P], each in [0, O) for a block of O operations; like `input_index`.
         block: made by `greedynas_ext.packing.pack_choice_block`, of the inputs' dtype.
         statistics: [P, S] with S = `block.statistics_width`, of the inputs' dtype: one row per node, each in the layout
             that its operation has (`packing.running_statistics`, or an earlier call). None: those of the batch.
