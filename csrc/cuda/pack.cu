@@ -46,10 +46,9 @@ __device__ __forceinline__ void load_eight(const float* row, int column, int col
 // The same of weights with a pitch, from where the row's first one lies.
 __device__ __forceinline__ void load_eight_apart(const float* first, int pitch, int column, int columns,
                                                  float (&values)[8]) {
+  const float* from = first + int64_t{column} * pitch;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    values[i] = column + i < columns ? first[int64_t{column + i} * pitch] : 0.f;
-  }
+  for (int i = 0; i < 8; ++i, from += pitch) values[i] = column + i < columns ? *from : 0.f;
 }
 
 // ---- BatchNorm: a thread per channel
