@@ -1,10 +1,10 @@
 """The operations of `torch.ops.greedynas`, documented, with fake kernels for `torch.compile` and `torch.export`.
 
 They serve evaluation: none has a gradient formula. With an argument that requires a gradient they still compute;
-calling `backward` on the result then raises NotImplementedError. Arguments are checked once, in C++, for all backends:
-a failed check is a ValueError that names the argument, what was expected and what came. Where the native library is
-missing, every function raises ImportError saying how to build it. The CPU kernels release the GIL, use torch's
-threads, and their results do not depend on the number of threads, bit for bit.
+calling `backward` on the result then raises NotImplementedError. Arguments are checked, on a CPU in C++, on a GPU those
+of `mixed_op` in the same words: a failed check is a ValueError that names the argument, what was expected and what
+came. Where the native library is missing, every function raises ImportError saying how to build it. The CPU kernels
+release the GIL, use torch's threads, and their results do not depend on the number of threads, bit for bit.
 """
 
 from __future__ import annotations

@@ -206,9 +206,10 @@ def _check_table(
     op_table: tuple[int, ...], bn_eps: tuple[float, ...], channels: int, weights: int, dtype: torch.dtype
 ) -> None:
     """The CPU's operation checks them; without nodes it computes nothing."""
-    none = torch.empty(0, dtype=torch.int64)
-    inputs = torch.empty(0, 1, 1, 1, channels, dtype=dtype)
-    torch.ops.greedynas.mixed_op(inputs, none, none, torch.empty(weights, dtype=dtype), op_table, bn_eps)
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
+    inputs = torch.empty(0, 1, 1, 1, channels, dtype=dtype, device="cpu")
+    sections = torch.empty(weights, dtype=dtype, device="cpu")
+    torch.ops.greedynas.mixed_op(inputs, none, none, sections, op_table, bn_eps)
 
 
 def _require(name: str, tensor: Tensor, condition: bool, expected: str) -> None:
