@@ -35,4 +35,37 @@ struct OperationSource {
   int64_t depth() const { return kind == kConvBn ? in_channels * kernel * kernel : hidden_channels; }
 };
 
+// Of an operation of a packed choice block, whose weights are of type T. `eps`: of its BatchNorms.
+template <typename T>
+OperationSource packed_source(const ChoiceOperation& o, const double* eps, const T* weights) {
+  const auto at = [&](int64_t offset) -> const void* { return offset == kNone ? nullptr : weights + offset; };
+  OperationSource s;
+  s.channels_fastest = true;
+  s.kind = o.kind;
+  s.in_channels = o.in_channels;
+  s.hidden_channels = o.hidden_channels;
+  s.out_channels = o.out_channels;
+  s.kernel = o.kernel;
+  s.stride = o.stride;
+  s.activation = o.activation;
+  s.se_channels = o.se_channels;
+  s.se_gate = o.se_gate;
+  s.residual = o.residual;
+  s.expand = at(o.expand_weight);
+  s.depthwise = at(o.depthwise_weight);
+  s.project = at(o.project_weight);
+  s.se_reduce_weight = at(o.se_reduce_weight);
+  s.se_reduce_bias = at(o.se_reduce_bias);
+  s.se_expand_weight = at(o.se_expand_weight);
+  s.se_expand_bias = at(o.se_expand_bias);
+  const int64_t norms[] = {o.expand_bn, o.depthwise_bn, o.project_bn};
+  for (int stage = 0; stage < kBatchNormStages; ++stage) {
+    if (norms[stage] == kNone) continue;
+    const int64_t channels = stage == kProjectBn ? o.out_channels : o.hidden_channels;
+    s.batch_norms[stage] = {at(norms[stage]), at(norms[stage] + padded(channels)), nullptr, nullptr,
+                            eps[stage]};
+  }
+  return s;
+}
+
 }  // namespace greedynas

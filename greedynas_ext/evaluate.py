@@ -46,7 +46,7 @@ def evaluate_paths(
     off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
     and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
     excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
-    anything else runs as the modules that it is. Of what `adapt` returns, in float32 and float64 on a CPU, operations
+    anything else runs as the modules that it is. Of what `adapt` returns, in float32 and, on a CPU, float64, operations
     that are recognised run fused beside others that are not. `plan.kernels` and `plan.macs_fused` say which, and why.
     To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 

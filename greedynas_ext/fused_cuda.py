@@ -16,6 +16,7 @@ from greedynas_ext import _library, arguments
 from greedynas_ext.fused import FusedEngine
 from greedynas_ext.fused_chain import FusedChain, operation_shape
 from greedynas_ext.isolation import held_interrupts
+from greedynas_ext.ops_cuda import MOST_MEASURED
 from greedynas_ext.packing import InvertedBottleneckWeights
 
 
@@ -39,7 +40,7 @@ def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str 
 def _most_inputs(device: torch.device, precision: str) -> tuple[int, int]:
     """Input channels of an expansion and of the head for which a block's shared memory is known to suffice."""
     if precision == "fp32":  # products go through their depth in chunks; moments have this limit
-        return 4096, 4096
+        return MOST_MEASURED, MOST_MEASURED
     if torch.cuda.get_device_capability(device) < (8, 0):  # 64 KB
         return 200, 800
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)

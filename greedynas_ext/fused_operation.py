@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from greedynas_ext import ops
+from greedynas_ext import ops, ops_cuda
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.block_layout import PackedBlock
 from greedynas_ext.fused_chain import operation_macs, operation_norms, operation_shape
@@ -43,13 +43,16 @@ class FusedOperation:
         policy = self._interceptor.normalisation
         into, _, stride = operation_shape(self._weights)
         values = len(x) * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) if x.dim() == 4 else 0
-        fits = x.dim() == 4 and x.shape[1] == into and x.dtype in (torch.float32, torch.float64) and x.is_cpu
+        has_kernels = ops_cuda.available(x) or (x.is_cpu and x.dtype in (torch.float32, torch.float64))
+        fits = x.dim() == 4 and x.shape[1] == into and has_kernels
         if not fits or values < 2 or policy == "probe" or (policy == "running" and not self._has_running):
             return self.operation(x.clone())
         if self._block is None:
             self._block = pack_choice_block([self._weights], dtype=x.dtype)
             if policy == "running":
                 self._running = running_statistics([self._weights], self._block)
+        if x.is_cuda and not ops_cuda.takes(self._block.operation(0)):
+            return self.operation(x.clone())
         statistics = self._running
         if policy == "constants":
             if not self._interceptor.statistics:

@@ -1,10 +1,10 @@
 """The operations of `torch.ops.greedynas`, documented, with fake kernels for `torch.compile` and `torch.export`.
 
 They serve evaluation: none has a gradient formula. With an argument that requires a gradient they still compute;
-calling `backward` on the result then raises NotImplementedError. Arguments are checked once, in C++, for all backends:
-a failed check is a ValueError that names the argument, what was expected and what came. Where the native library is
-missing, every function raises ImportError saying how to build it. The CPU kernels release the GIL, use torch's
-threads, and their results do not depend on the number of threads, bit for bit.
+calling `backward` on the result then raises NotImplementedError. Arguments are checked, on a CPU in C++, on a GPU those
+of `mixed_op` in the same words: a failed check is a ValueError that names the argument, what was expected and what
+came. Where the native library is missing, every function raises ImportError saying how to build it. The CPU kernels
+release the GIL, use torch's threads, and their results do not depend on the number of threads, bit for bit.
 """
 
 from __future__ import annotations
@@ -79,10 +79,16 @@ def mixed_op(
     that of a few images for each thread; beside it one input and one output, channels padded to a multiple of 16. The
     kernels are those of `evaluate_paths`.
 
+    On a GPU float32 is computed by kernels: nodes of like operations share launches, whose depthwise outputs take up to
+    256 MB, or one node's if that is more; inputs and outputs are copied where their channels are no multiple of 8.
+    float64, and operations for which there are no kernels (depthwise kernels other than 3, 5 and 7, depthwise strides
+    above 2, expansions of more than 4,096 channels), are computed in plain torch, where outputs repeat to rounding
+    only. The host reads the indices, and so waits for the GPU unless they lie on the CPU.
+
     Args:
         inputs: float64 or float32 [B, N, H, W, C], N, H, W and C at least 1; made contiguous if they are not.
-        input_index: int64 [P], each in [0, B).
-        op_index: int64 [P], each in [0, O) for a block of O operations.
+        input_index: int64 [P], each in [0, B); with inputs on a GPU there or on the CPU.
+        op_index: int64 [P], each in [0, O) for a block of O operations; like `input_index`.
         block: made by `greedynas_ext.packing.pack_choice_block`, of the inputs' dtype.
         statistics: [P, S] with S = `block.statistics_width`, of the inputs' dtype: one row per node, each in the layout
             that its operation has (`packing.running_statistics`, or an earlier call). None: those of the batch.

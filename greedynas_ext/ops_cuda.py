@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +10,27 @@ import torch
 from torch import Tensor
 
 from greedynas_ext import _library, reference
-from greedynas_ext.block_layout import PackedBlock
+from greedynas_ext.block_layout import KINDS, PackedBlock
+from greedynas_ext.checks import describe
+
+MOST_MEASURED = 4096
+"""Channels of a map whose moments the kernels take in float32: where an expansion, or the head, reads it."""
 
 _ON = "CUDA"  # the dispatch key
+_ROW = 8  # channels of a pixel's row, and
+_ALIGNMENT = 16  # bytes, at multiples of which the kernels read and write (csrc/cuda/kernels.h)
 
 
-def _kernels(tensor: Tensor) -> Any | None:
-    """The module of kernels, for contiguous float32 on a GPU that they run on; None elsewhere."""
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or not _library.cuda_available():
-        return None
-    if torch.cuda.get_device_capability(tensor.device) < (7, 5):
-        return None
-    return _library.require_cuda().kernels
+def available(tensor: Tensor) -> bool:
+    """Whether the kernels compute in the tensor's dtype on its device: float32, on a GPU that they run on."""
+    if tensor.dtype != torch.float32 or not tensor.is_cuda or not _library.cuda_available():
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (7, 5)
+
+
+def _module(tensor: Tensor) -> Any | None:
+    """`greedynas_ext._cuda`, for contiguous tensors that its kernels compute; else None."""
+    return _library.require_cuda() if tensor.is_contiguous() and available(tensor) else None
 
 
 def _stream(tensor: Tensor) -> int:
@@ -29,9 +39,10 @@ def _stream(tensor: Tensor) -> int:
 
 def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.path_cross_entropy`; a target out of range gives NaN, where the CPU raises an error."""
-    kernels = _kernels(logits)
-    if kernels is None:
+    module = _module(logits)
+    if module is None:
         return reference.path_cross_entropy(logits, targets, label_smoothing)
+    kernels = module.kernels
     paths, images, classes = logits.shape
     image_losses = logits.new_empty(paths, images)
     correct = logits.new_empty(paths, dtype=torch.int64)
@@ -57,9 +68,10 @@ def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
 
 def select_top_k(losses: Tensor, k: int) -> Tensor:
     """`ops.select_top_k`."""
-    kernels = _kernels(losses)
-    if kernels is None or k == 0:
+    module = _module(losses)
+    if module is None or k == 0:
         return reference.select_top_k(losses, k)
+    kernels = module.kernels
     indices = losses.new_empty(k, dtype=torch.int64)
     with torch.cuda.device(losses.device):
         kernels.select_top_k(
@@ -78,9 +90,149 @@ def mixed_op(
     bn_eps: Sequence[float],
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.mixed_op` in plain torch: its kernels are the chain's, which take no packed choice block yet."""
+    """`ops.mixed_op`: in float32 by the kernels, which read and write maps of whole rows of 8 channels in place.
+
+    Which nodes share launches is decided on the host, so it reads the indices: it waits for the GPU, unless they lie on
+    the CPU, as they may here. Other dtypes, and nodes whose operation the kernels do not have (`takes`), are computed
+    in plain torch.
+    """
     block = PackedBlock(weights, tuple(op_table), tuple(bn_eps))
-    return reference.mixed_op(inputs, input_index, op_index, block, statistics)
+    sources, operations = _checked(inputs, input_index, op_index, block, statistics)
+    inputs = inputs.contiguous()
+    module = _module(inputs)
+    if module is None:
+        return reference.mixed_op(inputs, input_index, op_index, block, statistics)
+    _, images, height, width, _ = inputs.shape
+    size = (-(-height // block.stride), -(-width // block.stride))
+    outputs = inputs.new_empty(len(sources), images, *size, block.out_channels)
+    used = inputs.new_zeros(len(sources), block.statistics_width)
+    rows = [block.operation(op) for op in range(block.num_operations)]
+    identities = [place for place, op in enumerate(operations) if rows[op]["kind"] == KINDS["identity"]]
+    taken = [place for place, op in enumerate(operations) if takes(rows[op])]
+    for place in identities:
+        outputs[place] = inputs[sources[place]]
+    if taken:
+        nodes = [(sources[place], operations[place], place) for place in taken]
+        _run(module, inputs, nodes, block, statistics, outputs, used)
+    others = sorted(set(range(len(sources))) - {*identities, *taken})
+    if others:
+        input_index, op_index = (torch.tensor([v[place] for place in others]) for v in (sources, operations))
+        given = None if statistics is None else statistics[others]
+        outputs[others], used[others] = reference.mixed_op(inputs, input_index, op_index, block, given)
+    return outputs, used
+
+
+def takes(operation: dict[str, int]) -> bool:
+    """Whether there are kernels for an operation of a packed block, which is no identity."""
+    if operation["kind"] != KINDS["inverted_bottleneck"]:
+        return operation["kind"] == KINDS["conv_bn"]
+    measured = operation["in_channels"] if operation["expand_weight"] >= 0 else 0
+    return operation["kernel"] in (3, 5, 7) and operation["stride"] <= 2 and measured <= MOST_MEASURED
+
+
+def _run(
+    module: Any,
+    inputs: Tensor,
+    nodes: list[tuple[int, int, int]],
+    block: PackedBlock,
+    statistics: Tensor | None,
+    outputs: Tensor,
+    used: Tensor,
+) -> None:
+    """Writes the outputs and the statistics of nodes (input, operation, place)."""
+    *_, images, height, width, channels = inputs.shape
+    maps, written = inputs, outputs
+    if channels % _ROW or inputs.data_ptr() % _ALIGNMENT:
+        number = {source: row for row, source in enumerate(sorted({source for source, _, _ in nodes}))}
+        maps = inputs.new_zeros(len(number), images, height, width, channels + -channels % _ROW)
+        for source, row in number.items():
+            maps[row, ..., :channels] = inputs[source]
+        nodes = [(number[source], op, place) for source, op, place in nodes]
+    if padding := -block.out_channels % _ROW:
+        written = outputs.new_empty(*outputs.shape[:-1], block.out_channels + padding)
+    weights = block.weights.contiguous()
+    given = None if statistics is None else statistics.contiguous()
+    with torch.cuda.device(inputs.device):
+        run = module.MixedOp(
+            block.op_table, block.bn_eps, weights.data_ptr(), nodes, (images, height, width), given is not None
+        )
+        memory = torch.empty(run.bytes, dtype=torch.uint8, device=inputs.device)
+        run.run(
+            inputs=maps.data_ptr(),
+            outputs=written.data_ptr(),
+            statistics=0 if given is None else given.data_ptr(),
+            used_statistics=used.data_ptr(),
+            statistics_width=block.statistics_width,
+            memory=memory.data_ptr(),
+            stream=_stream(inputs),
+        )
+    if written is not outputs:
+        for _, _, place in nodes:
+            outputs[place] = written[place, ..., : block.out_channels]
+
+
+def _checked(
+    inputs: Tensor, input_index: Tensor, op_index: Tensor, block: PackedBlock, statistics: Tensor | None
+) -> tuple[list[int], list[int]]:
+    """The indices, where the arguments are what csrc/checks.h asks for; else ValueError with its words."""
+    dtype = str(inputs.dtype).removeprefix("torch.")
+    count = input_index.numel()
+    whole = inputs.dim() == 5 and inputs.dtype in (torch.float32, torch.float64)
+    _require("inputs", inputs, whole, "float64 or float32 [B, N, H, W, C]")
+    _require("inputs", inputs, min(inputs.shape[1:]) > 0, "empty in no dimension but the first")
+    index = input_index.dtype == torch.int64 and input_index.dim() == 1
+    _require("input_index", input_index, index, "int64 [P]")
+    index = op_index.dtype == torch.int64 and op_index.shape == (count,)
+    _require("op_index", op_index, index, f"int64 [P={count}] as input_index is")
+    same = block.weights.dtype == inputs.dtype and block.weights.dim() == 1
+    _require("weights", block.weights, same, f"{dtype} [size] as inputs are")
+    _check_table(block.op_table, block.bn_eps, inputs.shape[4], block.weights.numel(), inputs.dtype)
+    if statistics is not None:
+        same = statistics.dtype == inputs.dtype and statistics.shape == (count, block.statistics_width)
+        _require("statistics", statistics, same, f"{dtype} [P={count}, S={block.statistics_width}]")
+    for name, tensor in (("weights", block.weights), ("statistics", statistics)):
+        if tensor is not None and tensor.device != inputs.device:
+            raise ValueError(f"mixed_op: {name} should be on the device of inputs")
+    sources, operations = input_index.tolist(), op_index.tolist()
+    _check_range("input_index", sources, len(inputs), "B")
+    _check_range("op_index", operations, block.num_operations, "O")
+    if statistics is None:
+        _check_value_counts(block, operations, inputs.shape)
+    return sources, operations
+
+
+@functools.lru_cache(maxsize=128)
+def _check_table(
+    op_table: tuple[int, ...], bn_eps: tuple[float, ...], channels: int, weights: int, dtype: torch.dtype
+) -> None:
+    """The CPU's operation checks them; without nodes it computes nothing."""
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
+    inputs = torch.empty(0, 1, 1, 1, channels, dtype=dtype, device="cpu")
+    sections = torch.empty(weights, dtype=dtype, device="cpu")
+    torch.ops.greedynas.mixed_op(inputs, none, none, sections, op_table, bn_eps)
+
+
+def _require(name: str, tensor: Tensor, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"mixed_op: {name} should be {expected}, got {describe(tensor)}")
+
+
+def _check_range(name: str, values: list[int], bound: int, bound_name: str) -> None:
+    for position, value in enumerate(values):
+        if not 0 <= value < bound:
+            raise ValueError(
+                f"mixed_op: {name} should be in [0, {bound_name}={bound}), got {value} at position {position}"
+            )
+
+
+def _check_value_counts(block: PackedBlock, operations: list[int], shape: torch.Size) -> None:
+    height, width = -(-shape[2] // block.stride), -(-shape[3] // block.stride)
+    for node, op in enumerate(operations):
+        if shape[1] * height * width == 1 and block.operation(op)["kind"] != KINDS["identity"]:
+            raise ValueError(
+                f"mixed_op: Expected more than 1 value per channel in batch mode, got one image of {height}x{width} "
+                f"after operation {op} (node {node}); give statistics, or more images"
+            )
 
 
 def register() -> None:

@@ -74,42 +74,10 @@ class MixedOpRun {
       int64_t& place = packed_of_[a_.op_index[n]];
       if (place >= 0) continue;
       place = static_cast<int64_t>(sources.size());
-      sources.push_back(source_of(a_.operations[a_.op_index[n]], a_.bn_eps[a_.op_index[n]]));
+      const int64_t op = a_.op_index[n];
+      sources.push_back(packed_source(a_.operations[op], a_.bn_eps[op].data(), a_.weights));
     }
     operations_ = OperationPacker<T>(k_).pack(sources, packed_memory_, parallel_for_);
-  }
-
-  OperationSource source_of(const ChoiceOperation& o, const std::array<double, kBatchNormStages>& eps) const {
-    const auto at = [&](int64_t offset) -> const void* {
-      return offset == kNone ? nullptr : a_.weights + offset;
-    };
-    OperationSource s;
-    s.channels_fastest = true;
-    s.kind = o.kind;
-    s.in_channels = o.in_channels;
-    s.hidden_channels = o.hidden_channels;
-    s.out_channels = o.out_channels;
-    s.kernel = o.kernel;
-    s.stride = o.stride;
-    s.activation = o.activation;
-    s.se_channels = o.se_channels;
-    s.se_gate = o.se_gate;
-    s.residual = o.residual;
-    s.expand = at(o.expand_weight);
-    s.depthwise = at(o.depthwise_weight);
-    s.project = at(o.project_weight);
-    s.se_reduce_weight = at(o.se_reduce_weight);
-    s.se_reduce_bias = at(o.se_reduce_bias);
-    s.se_expand_weight = at(o.se_expand_weight);
-    s.se_expand_bias = at(o.se_expand_bias);
-    const int64_t norms[] = {o.expand_bn, o.depthwise_bn, o.project_bn};
-    for (int stage = 0; stage < kBatchNormStages; ++stage) {
-      if (norms[stage] == kNone) continue;
-      const int64_t channels = stage == kProjectBn ? o.out_channels : o.hidden_channels;
-      s.batch_norms[stage] = {at(norms[stage]), at(norms[stage] + padded(channels)), nullptr, nullptr,
-                              eps[stage]};
-    }
-    return s;
   }
 
   void run_node(BlockRunner<T> runner, int64_t node, const PackedOperation<T>& op, const Map<T>& in,

@@ -1,35 +1,28 @@
 // ChainEvaluation for maps of type T (kernels.h). Nodes of a layer whose operations are alike are worked on
-// by the same launches, as far as that takes little memory: large maps fill a GPU by themselves.
+// by the same launches (block_runner.h).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "block_runner.h"
 #include "chain.h"
 #include "packed_chain.h"
 
 namespace greedynas::cuda {
 
-// Pieces of memory begin at multiples of this many bytes.
-inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, int64_t{256}) * 256; }
 inline bool of_batch(Statistics s) { return s == Statistics::kBatch || s == Statistics::kCapture; }
 
 // Where things lie in memory, and what is done in which order.
 struct ChainPlaces {
-  struct Shape {
-    int64_t height, width;
-    int channels;
-    int64_t pixels() const { return height * width; }
-    Shape after(const OperationSource& op) const;
-  };
   struct Map {
     Shape shape{};
     int64_t offset = 0;
     bool moments = false;  // whether they lie behind the map
   };
-  // Offsets of what a node works in.
-  struct Space {
-    int64_t affines[kBatchNormStages], depthwise, partials, finish, pooled, squeezed, gates, logits;
+  // Offsets of what a head works in.
+  struct HeadSpace {
+    int64_t affine, pooled, logits;
   };
   enum class TaskKind { kStem, kNodes, kHead, kLoss };
   struct Task {
@@ -41,7 +34,7 @@ struct ChainPlaces {
     std::vector<Map> maps;       // of the stem and each node; identities share their parent's
     std::vector<Task> tasks;
     int64_t stem_affine = 0;
-    int64_t workspace = 0;  // of the nodes that are worked on
+    int64_t workspace = 0;  // of the nodes, or heads, that are worked on
     int64_t bytes = 0;
   };
 };
@@ -61,12 +54,8 @@ class Evaluation final : public ChainEvaluation, private ChainPlaces {
   const char* kernels() const override;
 
  private:
-  struct Work {
-    const PackedOperation<T>* op;
-    int64_t site;  // where its statistics are kept
-    Map in, out;
-    Space space;
-  };
+  using Work = BlockWork<T>;
+
   const OperationSource& operation_of(int64_t node) const {
     return source_.operations[source_.nodes[node].op];
   }
@@ -79,35 +68,22 @@ class Evaluation final : public ChainEvaluation, private ChainPlaces {
                  Statistics statistics) const;
   std::vector<std::vector<int32_t>> groups_of(const std::vector<PathStep>& steps, int64_t count,
                                               const std::vector<Map>& maps) const;
-  int64_t map_bytes(int64_t count, const Map& map) const;
-  Space space(const OperationSource& op, const Map& in, const Map& out, int64_t count, bool leaf,
-              int64_t& end) const;
+  HeadSpace head_space(int64_t count, int64_t& end) const;
 
   template <typename V>
   V* at(int64_t offset) const {
     return reinterpret_cast<V*>(memory_ + offset);
   }
-  T* map(const Map& m) const { return at<T>(m.offset); }
-  float* mean(const Map& m) const;        // or null
-  float* covariance(const Map& m) const;  // or null
+  FeatureMap<T> placed(const Map& m) const;
   float* kept(int64_t site, int stage) const;
-  int64_t pixels(const Map& m) const { return batch_.count * m.shape.pixels(); }
-  bool known() const { return statistics_ == Statistics::kRunning || statistics_ == Statistics::kConstants; }
-
-  NormAffine norm_affine_of(const PackedOperation<T>& op, int64_t site, int stage, float* affine) const;
-  NormAffine known_affine(const PackedOperation<T>& op, int64_t site, int stage, float* affine) const;
-  NormAffine summed_affine(const PackedOperation<T>& op, int64_t site, int stage, float* affine,
-                           const float* partials, int units) const;
-  PointwiseAffine<T> pointwise_affine_of(const PackedOperation<T>& op, int64_t site, int stage, float* affine,
-                                         const Map& in, const WeightOf<T>* weight) const;
-  PointwiseOutput<T> output_of(const Work& w) const;
+  bool known() const { return !of_batch(statistics_); }
+  BlockRunner<T> runner() const { return {batch_.count, memory_, stream_}; }
+  // `site`: where its statistics are kept. The rest of a Work is still to be filled in.
+  Work work_of(const PackedOperation<T>& op, int64_t site) const;
+  Work work_of(const PackedOperation<T>& op, int64_t site, const Map& in, const Map& out, int64_t& end) const;
 
   void run_stem();
   void run_nodes(const std::vector<int32_t>& nodes);
-  void run_bottlenecks(const std::vector<Work>& group, const float* first_affine);
-  void run_squeeze_excite(const std::vector<Work>& group) const;
-  void run_strided(const std::vector<Work>& group);
-  void sum_up_and_finish(const std::vector<Work>& group);
   void run_head(const std::vector<int32_t>& leaves);
   void run_loss(const std::vector<int32_t>& leaves);
 

@@ -1,15 +1,19 @@
-// greedynas_ext._cuda as a Python module: evaluation of chains on a GPU, and its kernels one by one.
+// greedynas_ext._cuda as a Python module: evaluation of chains and of single choice blocks on a GPU, and the
+// kernels one by one.
 // Addresses come from tensors that the caller keeps alive until the stream has done its work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "chain.h"
 #include "chain_rows.h"
 #include "kernels_module.h"
+#include "mixed_op.h"
 
 namespace py = pybind11;
 using namespace greedynas;
@@ -27,6 +31,18 @@ Precision precision_of(const std::string& name) {
   if (name == "bf16") return Precision::kBFloat16;
   if (name == "fp16") return Precision::kHalf;
   throw std::invalid_argument("precision: expected fp32, bf16 or fp16, got " + name);
+}
+
+// Arguments have been checked (greedynas_ext/ops_cuda.py).
+MixedOp mixed_op_from(const std::vector<int64_t>& op_table, const std::vector<double>& bn_eps,
+                      intptr_t weights, const std::vector<std::array<int64_t, 3>>& nodes,
+                      const std::array<int64_t, 3>& sizes, bool known) {
+  MixedOpBlock block{{}, bn_eps, address<const float>(weights)};
+  block.operations.resize(op_table.size() / kOperationFields);
+  std::memcpy(block.operations.data(), op_table.data(), block.operations.size() * sizeof(ChoiceOperation));
+  std::vector<MixedOpNode> all;
+  for (const auto& [input, op, place] : nodes) all.push_back({input, op, place});
+  return MixedOp(block, all, sizes[0], sizes[1], sizes[2], known);
 }
 
 }  // namespace
@@ -90,4 +106,18 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       .def_property_readonly("kernels", &ChainEvaluation::kernels)
       .def("advance", &ChainEvaluation::advance,
            "Launches what comes next; its stage, or -1 when nothing was left.");
+  py::class_<MixedOp>(module, "MixedOp")
+      .def(py::init(&mixed_op_from), py::arg("op_table"), py::arg("bn_eps"), py::arg("weights"),
+           py::arg("nodes"), py::arg("sizes"), py::arg("known"))
+      .def_property_readonly("bytes", &MixedOp::bytes)
+      .def(
+          "run",
+          [](MixedOp& self, intptr_t inputs, intptr_t outputs, intptr_t statistics, intptr_t used_statistics,
+             int64_t statistics_width, intptr_t memory, intptr_t stream) {
+            self.run({address<const float>(inputs), address<float>(outputs), address<const float>(statistics),
+                      address<float>(used_statistics), statistics_width},
+                     address<void>(memory), address<CUstream_st>(stream));
+          },
+          py::arg("inputs"), py::arg("outputs"), py::arg("statistics"), py::arg("used_statistics"),
+          py::arg("statistics_width"), py::arg("memory"), py::arg("stream"));
 }

@@ -94,7 +94,8 @@ struct NormAffine {
   const float* stored_factor;  // what the summed values were multiplied by, powers of two; null: 1. Known
                                // statistics are never.
   float* affine;               // written; maps stored values
-  float* keep;                 // written: mean and biased variance [2][row_channels], not multiplied; or null
+  float* keep;  // written: the mean and biased variance that the map is made of, rounded and not
+                // multiplied, [2][padded(channels)] as choice_block.h has them; or null
   BatchNorm norm;
   int units, channels;
   int activation;  // Activation (choice_block.h) after the affine map
@@ -288,14 +289,18 @@ struct PackNorm {
 };
 void pack_norms(const Group<PackNorm>& group, Stream stream);
 
+// Weights lie as modules hold them, output channels slowest, or, where there is a `pitch`, as choice_block.h
+// packs them: output channels fastest, that many of them.
+
 // A pointwise (or dense) convolution: [rows][columns] -> [row_channels(rows)][packed_columns].
 template <typename T>
 struct PackPointwise {
-  const float* weight;   // [rows][in][taps]; null: the identity matrix
+  const float* weight;   // [rows][in][taps], or [in][pitch]; null: the identity matrix
   WeightOf<T>* packed;   // written [row_channels(rows)][packed_columns], a row as [taps][in], zeros behind
   float* stored_factor;  // written [row_channels(rows)]: the powers of two that bring a row's largest weight
                          // to [1/32, 1/16), and that rows are multiplied by; null: they are not
   int rows, in_channels, taps, packed_columns;
+  int pitch;  // or 0; then taps is 1
 };
 template <typename T>
 void pack_pointwise(const Group<PackPointwise<T>>& group, Stream stream);
@@ -304,11 +309,11 @@ void pack_pointwise(const Group<PackPointwise<T>>& group, Stream stream);
 // [0.5, 1).
 template <typename Stored>
 struct PackDepthwise {
-  const float* weight;         // [channels][taps]
+  const float* weight;         // [channels][taps], or [taps][pitch]
   const float* before_factor;  // of what the weights meet [row_channels], or null
   Stored* packed;              // written [taps][row_channels(channels)]
   float* stored_factor;        // written [row_channels]: before_factor times the channel's power of two
-  int channels, taps;
+  int channels, taps, pitch;
 };
 template <typename Stored>
 void pack_depthwise(const Group<PackDepthwise<Stored>>& group, Stream stream);
@@ -317,11 +322,11 @@ void pack_depthwise(const Group<PackDepthwise<Stored>>& group, Stream stream);
 // then bring their largest weight to [0.5, 1).
 template <typename Stored>
 struct PackProject {
-  const float* weight;         // [rows][columns]
+  const float* weight;         // [rows][columns], or [columns][pitch]
   const float* column_factor;  // [row_channels(columns)] or null
   Stored* packed;              // written [row_channels(rows)][row_channels(columns)]
   float* stored_factor;        // written [row_channels(rows)]: the rows' powers of two
-  int rows, columns;
+  int rows, columns, pitch;
 };
 template <typename Stored>
 void pack_project(const Group<PackProject<Stored>>& group, Stream stream);

@@ -184,7 +184,7 @@ void bind_of_maps(py::module_& module) {
   {
     using S = PackPointwise<T>;
     Fields<S>(module, "PackPointwise") MEMBER(weight) MEMBER(packed) MEMBER(stored_factor) MEMBER(rows)
-        MEMBER(in_channels) MEMBER(taps) MEMBER(packed_columns);
+        MEMBER(in_channels) MEMBER(taps) MEMBER(packed_columns) MEMBER(pitch);
     launch<PackPointwise<T>>(module, "pack_pointwise", pack_pointwise);
   }
 }
@@ -201,13 +201,13 @@ void bind_of_stored(py::module_& module) {
   {
     using S = PackDepthwise<Stored>;
     Fields<S>(module, "PackDepthwise") MEMBER(weight) MEMBER(before_factor) MEMBER(packed)
-        MEMBER(stored_factor) MEMBER(channels) MEMBER(taps);
+        MEMBER(stored_factor) MEMBER(channels) MEMBER(taps) MEMBER(pitch);
     launch<PackDepthwise<Stored>>(module, "pack_depthwise", pack_depthwise);
   }
   {
     using S = PackProject<Stored>;
     Fields<S>(module, "PackProject") MEMBER(weight) MEMBER(column_factor) MEMBER(packed) MEMBER(stored_factor)
-        MEMBER(rows) MEMBER(columns);
+        MEMBER(rows) MEMBER(columns) MEMBER(pitch);
     launch<PackProject<Stored>>(module, "pack_project", pack_project);
   }
 }

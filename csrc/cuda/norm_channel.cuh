@@ -19,26 +19,29 @@ struct Channel {
     if (norm.factor) factor = norm.factor[c];
     if (stored_factor) stored = stored_factor[c];
   }
-  // mean, variance: not multiplied.
-  __device__ __forceinline__ void write(double mean, double variance, float eps, int activation, int c,
-                                        int channels, float* affine, float* keep) const {
-    const int row = row_channels(channels);
+  // Of statistics that are not multiplied. They are rounded as they are kept: given back as known ones they
+  // make the same affine map, bit for bit.
+  __device__ __forceinline__ void write(double exact_mean, double exact_variance, float eps, int activation,
+                                        int c, int channels, float* affine, float* keep) const {
+    const int row = row_channels(channels), kept_row = static_cast<int>(padded(channels));
     if (c >= channels) {
       affine[c] = affine[row + c] = affine[2 * row + c] = 0.f;
-      if (keep) keep[c] = keep[row + c] = 0.f;
+      if (keep) keep[c] = keep[kept_row + c] = 0.f;
       return;
     }
-    if (variance < 0) variance = 0;
-    const double slope = gamma / sqrt(variance + eps);
+    const auto mean = static_cast<float>(exact_mean);
+    const float variance = exact_variance < 0 ? 0.f : static_cast<float>(exact_variance);
+    const double slope = gamma / sqrt(static_cast<double>(variance) + eps);
     affine[c] = static_cast<float>(factor * slope * (1.f / stored));
-    affine[row + c] = static_cast<float>(factor * (beta - mean * slope));
+    affine[row + c] =
+        static_cast<float>(factor * fma(-static_cast<double>(mean), slope, static_cast<double>(beta)));
     affine[2 * row + c] = activation == kRelu6    ? 6.f * factor
                           : activation == kHswish ? 1.f / (6.f * factor)
                           : activation == kSilu   ? 1.f / factor
                                                   : 0.f;
     if (keep) {
-      keep[c] = static_cast<float>(mean);
-      keep[row + c] = static_cast<float>(variance);
+      keep[c] = mean;
+      keep[kept_row + c] = variance;
     }
   }
 };

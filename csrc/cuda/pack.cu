@@ -43,6 +43,14 @@ __device__ __forceinline__ void load_eight(const float* row, int column, int col
   }
 }
 
+// The same of weights with a pitch, from where the row's first one lies.
+__device__ __forceinline__ void load_eight_apart(const float* first, int pitch, int column, int columns,
+                                                 float (&values)[8]) {
+  const float* from = first + int64_t{column} * pitch;
+#pragma unroll
+  for (int i = 0; i < 8; ++i, from += pitch) values[i] = column + i < columns ? *from : 0.f;
+}
+
 // ---- BatchNorm: a thread per channel
 
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Group<PackNorm> group) {
@@ -75,9 +83,18 @@ __global__ void __launch_bounds__(kThreads)
   const int first = blockIdx.x * kBlockChannels;
   if (first >= stride) return;
   float* weights = reinterpret_cast<float*>(shared);  // [kBlockChannels][taps]
-  const int real = (min(node.channels - first, kBlockChannels)) * taps;
-  const float* source = node.weight + int64_t{first} * taps;
-  for (int i = thread; i < kBlockChannels * taps; i += kThreads) weights[i] = i < real ? source[i] : 0.f;
+  const int real = min(node.channels - first, kBlockChannels);
+  if (node.pitch) {
+    const float* source = node.weight + first;
+    for (int i = thread; i < kBlockChannels * taps; i += kThreads) {
+      const int channel = i % kBlockChannels, tap = i / kBlockChannels;
+      weights[channel * taps + tap] = channel < real ? source[int64_t{tap} * node.pitch + channel] : 0.f;
+    }
+  } else {
+    const float* source = node.weight + int64_t{first} * taps;
+    for (int i = thread; i < kBlockChannels * taps; i += kThreads)
+      weights[i] = i < real * taps ? source[i] : 0.f;
+  }
   __syncthreads();
 
   const int channel = thread / kChannelThreads;
@@ -118,6 +135,8 @@ __device__ __forceinline__ void load_weights(const PackPointwise<T>& node, int r
   if (!node.weight) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = column + i == row ? 1.f : 0.f;
+  } else if (node.pitch) {
+    load_eight_apart(node.weight + row, node.pitch, column, columns, values);
   } else if (taps == 1) {
     load_eight(weight, column, columns, takes_vectors(node.weight, columns), values);
   } else {
@@ -132,8 +151,12 @@ __device__ __forceinline__ void load_weights(const PackPointwise<T>& node, int r
 template <typename Stored>
 __device__ __forceinline__ void load_weights(const PackProject<Stored>& node, int row, int column,
                                              float (&values)[8]) {
-  load_eight(node.weight + int64_t{row} * node.columns, column, node.columns,
-             takes_vectors(node.weight, node.columns), values);
+  if (node.pitch) {
+    load_eight_apart(node.weight + row, node.pitch, column, node.columns, values);
+  } else {
+    load_eight(node.weight + int64_t{row} * node.columns, column, node.columns,
+               takes_vectors(node.weight, node.columns), values);
+  }
   if (!node.column_factor) return;
   float factors[8];
   load_eight(node.column_factor, column, row_channels(node.columns), true, factors);

@@ -82,6 +82,11 @@ int64_t PackedChain<T>::place(char* memory) {
       op->expand = pieces.take<WeightOf<T>>(int64_t{hidden} * in);
       op->depthwise = pieces.take<StoredOf<T>>(o.kernel * o.kernel * hidden);
       op->project = pieces.take<StoredOf<T>>(int64_t{out} * hidden);
+      if (o.se_channels > 0) {
+        const int squeezed = row_channels(int_of(o.se_channels));
+        op->se_reduce = pieces.take<float>(int64_t{squeezed} * hidden);
+        op->se_expand = pieces.take<float>(int64_t{hidden} * squeezed);
+      }
       // The map, and the ones and zeros that it is made from.
       if (!o.expand) op->unit_affine = pieces.take<float>(5 * hidden);
     } else if (o.kind == kConvBn) {
@@ -96,12 +101,14 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
   place(memory);
   std::vector<PackNorm> norms;
   std::vector<PackPointwise<T>> pointwise;
+  std::vector<PackPointwise<float>> excitations;
   std::vector<PackDepthwise<StoredOf<T>>> depthwise;
   std::vector<PackProject<StoredOf<T>>> project;
   std::vector<NormAffine> units;
   for (PackedOperation<T>* op : all()) {
     const OperationSource& o = op->source;
     const int hidden = int_of(o.hidden_channels), in = int_of(o.in_channels), out = int_of(o.out_channels);
+    const auto pitch = [&](int channels) { return o.channels_fastest ? int_of(padded(channels)) : 0; };
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
       if (!has_stage(o, stage)) continue;
       const BatchNormSource& from = o.batch_norms[stage];
@@ -117,12 +124,19 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
       const bool after_stem = !stem_blocks.empty() && op == stem_blocks.data() && stem_passes_on();
       const float* before = op->norms[kExpandBn].factor;
       if (after_stem) before = stem.norms[kProjectBn].factor;
-      pointwise.push_back(
-          {floats(o.expand), op->expand, op->stored_factor[kExpandBn], hidden, in, 1, row_channels(in)});
+      pointwise.push_back({floats(o.expand), op->expand, op->stored_factor[kExpandBn], hidden, in, 1,
+                           row_channels(in), pitch(hidden)});
       depthwise.push_back({floats(o.depthwise), before, op->depthwise, op->stored_factor[kDepthwiseBn],
-                           hidden, int_of(o.kernel * o.kernel)});
+                           hidden, int_of(o.kernel * o.kernel), pitch(hidden)});
       project.push_back({floats(o.project), op->norms[kDepthwiseBn].factor, op->project,
-                         op->stored_factor[kProjectBn], out, hidden});
+                         op->stored_factor[kProjectBn], out, hidden, pitch(out)});
+      if (o.se_channels > 0) {
+        const int squeezed = int_of(o.se_channels);
+        excitations.push_back({floats(o.se_reduce_weight), op->se_reduce, nullptr, squeezed, hidden, 1,
+                               row_channels(hidden), pitch(squeezed)});
+        excitations.push_back({floats(o.se_expand_weight), op->se_expand, nullptr, hidden, squeezed, 1,
+                               row_channels(squeezed), pitch(hidden)});
+      }
       if (op->unit_affine) {
         float* ones = op->unit_affine + 3 * row_channels(hidden);
         float* zeros = ones + row_channels(hidden);
@@ -138,12 +152,13 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
       }
     } else if (o.kind == kConvBn) {
       pointwise.push_back({floats(o.project), op->dense, op->stored_factor[kProjectBn], out, in,
-                           int_of(o.kernel * o.kernel), dense_columns(o)});
+                           int_of(o.kernel * o.kernel), dense_columns(o), pitch(out)});
     }
   }
   // Factors before what is divided by them.
   launch_groups(norms, pack_norms, stream);
   launch_groups(pointwise, pack_pointwise, stream);
+  launch_groups(excitations, pack_pointwise, stream);
   launch_groups(depthwise, pack_depthwise, stream);
   launch_groups(project, pack_project, stream);
   launch_groups(units, norm_affine, stream);

@@ -18,6 +18,8 @@ struct PackedOperation {
   WeightOf<T>* expand = nullptr;
   StoredOf<T>*depthwise = nullptr, *project = nullptr;
   WeightOf<T>* dense = nullptr;  // of a kConvBn
+  // Of squeeze-excitation: [out][row_channels(in)].
+  float *se_reduce = nullptr, *se_expand = nullptr;
   BatchNorm norms[kBatchNormStages] = {};
   // Stored statistics; null where there are none.
   float *running_mean[kBatchNormStages] = {}, *running_variance[kBatchNormStages] = {};

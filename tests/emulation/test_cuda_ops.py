@@ -14,7 +14,7 @@ from greedynas_ext import ops_cuda, reference
 @pytest.fixture(autouse=True)
 def _kernels_under_test(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if cuda.device.type == "cpu":
-        monkeypatch.setattr(ops_cuda, "_kernels", lambda tensor: cuda.kernels)
+        monkeypatch.setattr(ops_cuda, "_module", lambda tensor: cuda.module)
         monkeypatch.setattr(ops_cuda, "_stream", lambda tensor: 0)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 

@@ -332,3 +332,63 @@ def test_project_extremes(cuda):
     halves = (values / column_factor[:2] * power[:, None]).to(cuda.stored)
     assert_same(unguarded(packed, 8, 8), padded(halves, 8, 8))
     assert_same(unguarded(factor, 8), padded(power, 8, fill=1.0))
+
+
+# ---- from packed choice blocks (choice_block.h)
+
+
+def packed_rows(cuda, rows):
+    """[R, C] as a section of a packed block: what pads it is never to be read."""
+    pitch = -(-rows.shape[1] // 16) * 16
+    return padded(rows, len(rows), pitch, fill=math.nan).to(cuda.device), pitch
+
+
+@of_all
+def test_weights_of_packed_blocks_are_packed_alike(cuda):
+    generator = torch.Generator().manual_seed(6)
+    for rows, columns in [(1, 1), (8, 8), (17, 20), (33, 67), (96, 16), (320, 72)]:
+        values, memory = weights(cuda, generator, rows, columns)
+        section, pitch = packed_rows(cuda, values.t())
+        factor = padded(powers(generator, columns, -6, 6), row_channels(columns), fill=1.0).to(cuda.device)
+        for multiplied in (False, True):
+            found = []
+            for source, extra in ((memory, {}), (section, {"pitch": pitch})):
+                packed = poisoned(cuda, row_channels(rows) * row_channels(columns), cuda.dtype)
+                stored = poisoned(cuda, row_channels(rows))
+                node = cuda.maps.PackPointwise(
+                    weight=source.data_ptr(),
+                    packed=packed.data_ptr(),
+                    stored_factor=stored.data_ptr() if multiplied else 0,
+                    rows=rows,
+                    in_channels=columns,
+                    taps=1,
+                    packed_columns=row_channels(columns),
+                    **extra,
+                )
+                launch(cuda, cuda.maps.pack_pointwise, [node])
+                shape = row_channels(rows), row_channels(columns)
+                found.append((unguarded(packed, *shape), unguarded(stored, shape[0]) if multiplied else None))
+            assert_same(found[1][0], found[0][0])
+            if multiplied:
+                assert_same(found[1][1], found[0][1])
+        node, packed, stored = project_node(cuda, rows, columns, memory, factor)
+        other, packed_too, stored_too = project_node(cuda, rows, columns, section, factor)
+        other.pitch = pitch
+        launch(cuda, cuda.maps.pack_project, [node, other])
+        assert_same(unguarded(packed_too, *shape), unguarded(packed, *shape))
+        assert_same(unguarded(stored_too, shape[0]), unguarded(stored, shape[0]))
+
+
+@of_both
+def test_depthwise_weights_of_packed_blocks_are_packed_alike(cuda):
+    generator = torch.Generator().manual_seed(7)
+    for channels, taps in DEPTHWISE:
+        values, memory = weights(cuda, generator, channels, taps)
+        section, pitch = packed_rows(cuda, values.t())
+        node, packed, stored = depthwise_node(cuda, channels, taps, memory, None)
+        other, packed_too, stored_too = depthwise_node(cuda, channels, taps, section, None)
+        other.pitch = pitch
+        launch(cuda, cuda.maps.pack_depthwise, [node, other])
+        stride = row_channels(channels)
+        assert_same(unguarded(packed_too, taps, stride), unguarded(packed, taps, stride))
+        assert_same(unguarded(stored_too, stride), unguarded(stored, stride))

@@ -43,7 +43,8 @@ class Norm:
             eps=self.eps,
         )
         self.affine = torch.full((3 * self.row + 8,), NAN, device=cuda.device)
-        self.keep = torch.full((2 * self.row + 8,), NAN, device=cuda.device)
+        self.kept_row = -(-channels // 16) * 16
+        self.keep = torch.full((2 * self.kept_row + 8,), NAN, device=cuda.device)
 
     def check(self, mean, variance, stored, activation, *, keep=True, rtol=EXACT, mean_error=0.0):
         """Float64 statistics of values that were not multiplied.
@@ -65,9 +66,10 @@ class Norm:
         if bound is not None:
             torch.testing.assert_close(bounds, bound, rtol=EXACT, atol=0)
         if keep:
-            kept = self.keep[: 2 * self.row].view(2, self.row).double().cpu()
-            assert (kept[:, self.channels :] == 0).all()
-            assert self.keep[2 * self.row :].isnan().all()
+            kept = self.keep[: 2 * self.kept_row].view(2, self.kept_row).double().cpu()
+            assert (kept[:, self.channels : self.row] == 0).all()
+            assert kept[:, self.row :].isnan().all()
+            assert self.keep[2 * self.kept_row :].isnan().all()
             error = (kept[0, : self.channels] - mean).abs()
             assert (error <= EXACT * mean.abs() + mean_error * variance.sqrt()).all()
             torch.testing.assert_close(kept[1, : self.channels], variance, rtol=rtol, atol=0)
@@ -171,6 +173,48 @@ def test_norm_affine_of_known_statistics(cuda):
     norm.check(mean.double(), variance.double(), stored, RELU6)
 
 
+@of_all
+def test_kept_statistics_make_the_same_affine_map(cuda):
+    """Bit for bit, from sums and from moments."""
+    generator = torch.Generator().manual_seed(9)
+    norms = [Norm(cuda, generator, 45, factor=True) for _ in range(2)]
+    stored = torch.randint(-8, 9, (45,), generator=generator).float().exp2()
+    stored_memory = padded(stored, norms[0].row, fill=1).to(cuda.device)
+    partials = draw_partials(generator, 40, 45, ratio=30.0)[0].to(cuda.device)
+    summed = cuda.kernels.NormAffine(
+        partials=partials.data_ptr(),
+        stored_factor=stored_memory.data_ptr(),
+        affine=norms[0].affine.data_ptr(),
+        keep=norms[0].keep.data_ptr(),
+        norm=norms[0].struct,
+        units=40,
+        channels=45,
+        activation=SILU,
+    )
+    weight = torch.randn(45, 20, generator=generator).to(cuda.dtype).float()
+    measured, memory = pointwise_node(cuda, norms[1], *draw_moments(generator, 20), weight, SILU, stored)
+    cuda.kernels.norm_affine([summed], cuda.stream)
+    cuda.maps.pointwise_affine([measured], cuda.stream)
+    for norm in norms:
+        again = torch.full_like(norm.affine, NAN)
+        kept_again = torch.full_like(norm.keep, NAN)
+        known = cuda.kernels.NormAffine(
+            mean=norm.keep.data_ptr(),
+            variance=norm.keep[norm.kept_row :].data_ptr(),
+            stored_factor=stored_memory.data_ptr(),
+            affine=again.data_ptr(),
+            keep=kept_again.data_ptr(),
+            norm=norm.struct,
+            channels=45,
+            activation=SILU,
+        )
+        cuda.kernels.norm_affine([known], cuda.stream)
+        cuda.synchronize()
+        assert torch.equal(again[: 3 * norm.row], norm.affine[: 3 * norm.row])
+        assert torch.equal(kept_again.nan_to_num(-1), norm.keep.nan_to_num(-1))
+    del memory
+
+
 def test_norm_affine_of_odd_values(cuda):
     """A constant channel, sums that rounding has made inconsistent, NaN and infinity."""
     generator = torch.Generator().manual_seed(3)
@@ -196,7 +240,7 @@ def test_norm_affine_of_odd_values(cuda):
     )
     cuda.kernels.norm_affine([node], cuda.stream)
     cuda.synchronize()
-    affine, keep = norm.affine[:24].view(3, 8).cpu(), norm.keep[:16].view(2, 8).cpu()
+    affine, keep = norm.affine[:24].view(3, 8).cpu(), norm.keep[:32].view(2, 16)[:, :8].cpu()
     assert affine[:2, 2].isnan().all()
     assert keep[:, 2].isnan().all()
     assert affine[0, 3] == 0  # 1 / inf
@@ -333,5 +377,5 @@ def test_pointwise_affine_clamps_the_variance_and_keeps_nan(cuda):
         cuda.maps.pointwise_affine([node], cuda.stream)
         cuda.synchronize()
         del memory
-        variance = norm.keep[8:10].cpu()
+        variance = norm.keep[16:18].cpu()
         assert variance.isnan().all() if broken else variance.tolist() == [1, 0]
