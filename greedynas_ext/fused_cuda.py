@@ -29,6 +29,9 @@ def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str 
     for place, part in parts:
         if isinstance(part, InvertedBottleneckWeights):
             into, _, stride = operation_shape(part)
+            first, middle, last = part.activations
+            if middle != first or last != "linear":
+                return f"{place}: {first}, {middle} and {last} in one block (the CUDA kernels have one activation)"
             if stride > 2:
                 return f"{place}: stride {stride} (the CUDA kernels have 1 and 2)"
             if into > most:

@@ -92,6 +92,8 @@ class MixedOpRun {
     s.kernel = o.kernel;
     s.stride = o.stride;
     s.activation = o.activation;
+    s.depthwise_activation = o.depthwise_activation;
+    s.project_activation = o.project_activation;
     s.se_channels = o.se_channels;
     s.se_gate = o.se_gate;
     s.residual = o.residual;

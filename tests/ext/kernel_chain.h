@@ -149,7 +149,7 @@ class RandomChain {
     o.out_channels = out;
     o.kernel = kernel;
     o.stride = stride;
-    o.activation = activation;
+    o.activation = o.depthwise_activation = activation;
     o.se_channels = se;
     o.se_gate = gate;
     o.residual = stride == 1 && in == out;
