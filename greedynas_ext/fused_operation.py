@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from greedynas_ext import _library
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.fused import Rows
 from greedynas_ext.intercept import Interceptor
-from greedynas_ext.recognise import HeadWeights, StemWeights, Unrecognised, recognise_head, recognise_stem
+from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head, recognise_stem
 from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_stem
 from greedynas_ext.unit import UnitWeights
 
@@ -149,26 +149,37 @@ Fused = FusedUnit | FusedHead
 
 def with_fused_parts(
     chain: Chain, used: Iterable[tuple[int, int]], precision: str, interceptor: Interceptor
-) -> tuple[Chain, bool]:
-    """The chain with stem, head and those of the operations `used` that are recognised replaced; whether any is."""
-    replaced = 0
+) -> tuple[Chain, list[str] | None]:
+    """The chain with stem, head and those of the operations `used` that are recognised replaced.
 
-    def fused(part: Operation, unit: UnitWeights | Unrecognised) -> Operation:
+    Beside it why others are not, identities aside; None where none is replaced.
+    """
+    replaced = False
+    reasons: list[str] = []
+
+    def fused(place: str, part: Operation, described: UnitWeights | HeadWeights | Unrecognised) -> Operation:
         nonlocal replaced
-        if isinstance(unit, Unrecognised):
+        if isinstance(described, Unrecognised):
+            if not hands_on(part):
+                reasons.append(f"{place}: {described.reason}")
             return part
-        replaced += 1
-        return FusedUnit(part, unit, precision, interceptor)
+        replaced = True
+        make = FusedHead if isinstance(described, HeadWeights) else FusedUnit
+        return make(part, described, precision, interceptor)  # type: ignore[arg-type]
 
+    as_stem = recognise_stem(chain.stem)
+    as_unit = recognise_unit(chain.stem, None) if isinstance(as_stem, Unrecognised) else unit_of_stem(as_stem)
+    stem = fused("supernet.stem", chain.stem, as_unit)
     choices = [list(layer) for layer in chain.choices]
-    for layer, op in used:
-        choices[layer][op] = fused(choices[layer][op], recognise_unit(choices[layer][op], None))
-    described = recognise_stem(chain.stem)
-    stem = fused(
-        chain.stem, unit_of_stem(described) if isinstance(described, StemWeights) else recognise_unit(chain.stem, None)
-    )
-    head, weights = chain.head, recognise_head(chain.head)
-    if isinstance(weights, HeadWeights):
-        replaced += 1
-        head = FusedHead(head, weights, precision, interceptor)
-    return replace(chain, stem=stem, choices=tuple(map(tuple, choices)), head=head), replaced > 0
+    for layer, op in sorted(used):
+        part = choices[layer][op]
+        choices[layer][op] = fused(chain.place(layer, op), part, recognise_unit(part, None))
+    head = fused("supernet.head", chain.head, recognise_head(chain.head))
+    return replace(chain, stem=stem, choices=tuple(map(tuple, choices)), head=head), reasons if replaced else None
+
+
+def hands_on(operation: Operation) -> bool:
+    """Whether it is an identity, or a sequence of such."""
+    if type(operation) is nn.Sequential:
+        return all(map(hands_on, operation))
+    return type(operation) is nn.Identity

@@ -54,18 +54,18 @@ class ModuleEngine:
         self._max_memory, self._profiling = max_memory, profiling
         cast_to, cast_from = _casts(precision)
         self._interceptor = Interceptor(cast_to, cast_from)
-        fused = False
+        reasons: list[str] | None = None
         if fuses is not None:
             used = {(node.layer, node.op) for node in trie.nodes}
             with held_interrupts(), torch.no_grad():
-                self._chain, fused = with_fused_parts(chain, used, fuses, self._interceptor)
+                self._chain, reasons = with_fused_parts(chain, used, fuses, self._interceptor)
         self._runner: Runner | None = None
         self._profile: Profile
         self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
         self._macs: tuple[int, int] | None = None
         self._macs_fused = 0
         self.traversal, self.split = "depth-first", 1
-        self.kernels = f"partly fused; modules: {reason}" if fused else f"modules: {reason}"
+        self.kernels = _in_words(reason, reasons)
 
     @property
     def needs_batch(self) -> bool:
@@ -217,6 +217,16 @@ class _LogitsGatherer:
         if self._leaves:
             self._score(self._leaves, torch.stack(self._logits))
         self._leaves, self._logits, self._versions = [], [], []
+
+
+def _in_words(reason: str, unfused: list[str] | None) -> str:
+    """What computes. `unfused`: why parts of the chain run as modules where others are fused; None: all do."""
+    if unfused is None:
+        return f"modules: {reason}"
+    if not unfused:
+        return f"fused part by part: {reason}"
+    more = f" (and {len(unfused) - 1} more)" if len(unfused) > 1 else ""
+    return f"partly fused; modules: {unfused[0]}{more}"
 
 
 def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:

@@ -21,6 +21,9 @@ from greedynas_ext.recognise import (
 from greedynas_ext.unit import BranchWeights, UnitWeights
 
 
+_NO_CONVOLUTION = Unrecognised("output: expected a convolution on the way to it")
+
+
 def recognise_unit(module: object, in_channels: int | None) -> UnitWeights | Unrecognised:
     """Describes `module` if it computes a unit on [N, in_channels, H, W], in evaluation mode. Never raises.
 
@@ -29,7 +32,8 @@ def recognise_unit(module: object, in_channels: int | None) -> UnitWeights | Unr
     operation = recognise_operation(module, in_channels)
     if isinstance(operation, InvertedBottleneckWeights | ConvBNWeights):
         return UnitWeights.of(operation)
-    return recognise(module, "unit", in_channels, _described)
+    found = recognise(module, "unit", in_channels, _described)
+    return operation if found == _NO_CONVOLUTION and isinstance(operation, Unrecognised) else found
 
 
 def unit_of_stem(stem: StemWeights) -> UnitWeights:
@@ -43,7 +47,7 @@ def unit_of_head(head: HeadWeights) -> UnitWeights:
 
 
 def _described(module: nn.Module, in_channels: int | None) -> UnitWeights | Unrecognised:
-    reason = "output: expected a convolution on the way to it"
+    reason = _NO_CONVOLUTION.reason
     try:
         traced = trace(module)
         for channels in likely_channels(traced) if in_channels is None else (in_channels,):
@@ -59,7 +63,7 @@ def _described(module: nn.Module, in_channels: int | None) -> UnitWeights | Unre
 def _unit(traced: Trace, in_channels: int) -> UnitWeights:
     branches = tuple(_branch(each) for each in read_branches(traced, in_channels))
     if not any(branch.operations for branch in branches):
-        raise Mismatch("output: expected a convolution on the way to it")
+        raise Mismatch(_NO_CONVOLUTION.reason)
     if len({branch.stride for branch in branches}) != 1:
         raise Mismatch("output: expected branches of one stride")
     return UnitWeights(in_channels, branches)

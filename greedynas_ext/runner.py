@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
-from greedynas_ext.fused_operation import Fused
+from greedynas_ext.fused_operation import Fused, hands_on
 from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
 from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
@@ -225,10 +225,3 @@ def only_reads(operation: Operation) -> bool:
                 return True
         return True
     return type(operation) in (nn.Conv2d, nn.Identity)
-
-
-def hands_on(operation: Operation) -> bool:
-    """Whether it is an identity, or a sequence of such."""
-    if type(operation) is nn.Sequential:
-        return all(map(hands_on, operation))
-    return type(operation) is nn.Identity

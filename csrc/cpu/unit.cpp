@@ -60,7 +60,8 @@ class Evaluation final : public UnitEvaluation {
     statistics_ = statistics;
     parallel_for_ = &parallel_for;
     layout_ = lay_out(batch.count, batch.height, batch.width, batch.wide, statistics, batch.threads);
-    memory_.at_least(std::max<int64_t>(1, layout_.workspace.end));
+    CachedMemory memory;  // given back, for the next unit, when this has run
+    memory_ = memory.at_least(std::max<int64_t>(1, layout_.workspace.end));
     if (!kNarrow || batch.wide) {
       run_on(input<C>());
     } else {
@@ -137,7 +138,7 @@ class Evaluation final : public UnitEvaluation {
 
   template <typename V>
   V* at(int64_t offset) const {
-    return reinterpret_cast<V*>(memory_.get() + offset);
+    return reinterpret_cast<V*>(memory_ + offset);
   }
 
   // What operation `reader` of a branch reads.
@@ -154,7 +155,7 @@ class Evaluation final : public UnitEvaluation {
   }
 
   BlockRunner<T> runner() const {
-    return {k_, batch_.count, layout_.workspace.at(memory_.get()), *parallel_for_};
+    return {k_, batch_.count, layout_.workspace.at(memory_), *parallel_for_};
   }
 
   // ---- the unit
@@ -305,12 +306,13 @@ class Evaluation final : public UnitEvaluation {
   const Kernels<T>& k_;
   std::vector<OperationSource> sources_;  // of all branches
   int64_t statistics_size_ = 0;
-  CachedMemory packed_memory_, memory_;
+  CachedMemory packed_memory_;
   std::vector<PackedOperation<T>> operations_;
 
   UnitBatch batch_{};
   Statistics statistics_ = Statistics::kBatch;
   Layout layout_;
+  char* memory_ = nullptr;
   const ParallelFor* parallel_for_ = nullptr;
 };
 
