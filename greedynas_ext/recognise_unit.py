@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from greedynas_ext.fused_chain import operation_shape
 from greedynas_ext.fx_steps import Mismatch
-from greedynas_ext.fx_trace import Trace, Untraceable, trace
+from greedynas_ext.fx_trace import Untraceable, trace
 from greedynas_ext.fx_units import Branch, likely_channels, read_branches
 from greedynas_ext.packing import ConvBNWeights, InvertedBottleneckWeights
 from greedynas_ext.recognise import (
@@ -19,7 +21,6 @@ from greedynas_ext.recognise import (
     recognise_operation,
 )
 from greedynas_ext.unit import BranchWeights, UnitWeights
-
 
 _NO_CONVOLUTION = Unrecognised("output: expected a convolution on the way to it")
 
@@ -52,16 +53,18 @@ def _described(module: nn.Module, in_channels: int | None) -> UnitWeights | Unre
         traced = trace(module)
         for channels in likely_channels(traced) if in_channels is None else (in_channels,):
             try:
-                return _unit(traced, channels)
+                found = read_branches(traced, channels)
             except Mismatch as error:
                 reason = str(error)
-    except Untraceable as error:
+            else:
+                return _unit(found, channels)
+    except (Untraceable, Mismatch) as error:
         reason = str(error)
     return Unrecognised(reason)
 
 
-def _unit(traced: Trace, in_channels: int) -> UnitWeights:
-    branches = tuple(_branch(each) for each in read_branches(traced, in_channels))
+def _unit(found: Sequence[Branch], in_channels: int) -> UnitWeights:
+    branches = tuple(map(_branch, found))
     if not any(branch.operations for branch in branches):
         raise Mismatch(_NO_CONVOLUTION.reason)
     if len({branch.stride for branch in branches}) != 1:
