@@ -111,11 +111,16 @@ class BlockRunner {
     return result;
   }
 
-  // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
+  // map = activation(map * scale + shift) + residual, maybe elsewhere, and its moments where it has place for
+  // them.
   void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) {
     const int64_t pixels = images_ * map.shape.pixels();
     FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
                    activation, residual, nullptr};
+    if (map.finished) {
+      f.output = map.finished;
+      f.output_stride = map.finished_stride;
+    }
     if (affine) {
       f.scale = affine->scale.data();
       f.shift = affine->shift.data();

@@ -141,6 +141,12 @@ class Evaluation final : public UnitEvaluation {
     return reinterpret_cast<V*>(memory_ + offset);
   }
 
+  // Whether a branch's last map, finished, is written where it belongs: its rows have no padding there.
+  bool finishes_in_output(const BranchSource& branch) const {
+    const Channels& w = branch.writes;
+    return of_batch(statistics_) && w.step == 1 && row_channels<T>(w.count) == w.count;
+  }
+
   // What operation `reader` of a branch reads.
   Map<T> map_of(const BranchSource& branch, const BranchLayout& layout, std::size_t reader) const {
     const int64_t offset = layout.maps[reader];
@@ -151,12 +157,14 @@ class Evaluation final : public UnitEvaluation {
       C* values = at<C>(offset + map_bytes(batch_.count, map.shape, false));
       map.moments = {values, values + row_channels<T>(map.shape.channels)};
     }
+    if (reader == branch.operations.size() && finishes_in_output(branch)) {
+      map.finished = static_cast<T*>(batch_.output) + branch.writes.first;
+      map.finished_stride = s_.out_channels;
+    }
     return map;
   }
 
-  BlockRunner<T> runner() const {
-    return {k_, batch_.count, layout_.workspace.at(memory_), *parallel_for_};
-  }
+  BlockRunner<T> runner() const { return {k_, batch_.count, layout_.workspace.at(memory_), *parallel_for_}; }
 
   // ---- the unit
 
@@ -200,7 +208,9 @@ class Evaluation final : public UnitEvaluation {
       }
       results.push_back(in);
     }
-    if (!ends_in_output()) assemble(input, results);
+    const auto is_finished = [](const Map<T>& map) { return map.finished != nullptr; };
+    if (ends_in_output() || std::all_of(results.begin(), results.end(), is_finished)) return;
+    assemble(input, results);
   }
 
   template <typename Run>
@@ -290,6 +300,7 @@ class Evaluation final : public UnitEvaluation {
       for (std::size_t b = 0; b < results.size(); ++b) {
         const Channels& writes = s_.branches[b].writes;
         T* to = output + first * s_.out_channels + writes.first;
+        if (results[b].finished) continue;
         if (!results[b].data) {
           copy_row(input, s_.branches[b].reads, image, y, to, s_.out_channels, writes.step);
           continue;
