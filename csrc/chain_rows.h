@@ -1,14 +1,16 @@
-// Chains and steps from the arrays in which Python hands them over (greedynas_ext/fused.py). Addresses come
-// from tensors that the caller keeps alive.
+// Chains, steps and units from the arrays in which Python hands them over (greedynas_ext/fused.py and
+// fused_operation.py). Addresses come from tensors that the caller keeps alive.
 #pragma once
 
 #include <pybind11/numpy.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "chain_source.h"
+#include "unit_source.h"
 
 namespace greedynas {
 
@@ -29,6 +31,8 @@ inline OperationSource operation_from(const int64_t* row, const double* eps) {
   o.kernel = next();
   o.stride = next();
   o.activation = next();
+  o.depthwise_activation = next();
+  o.project_activation = next();
   o.se_channels = next();
   o.se_gate = next();
   o.residual = next();
@@ -50,14 +54,14 @@ inline OperationSource operation_from(const int64_t* row, const double* eps) {
   return o;
 }
 
-inline constexpr int64_t kColumns = 10 + 7 + 4 * kBatchNormStages;
+inline constexpr int64_t kColumns = 12 + 7 + 4 * kBatchNormStages;
 
 inline ChainSource chain_source(const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
                                 int64_t classifier_weight, int64_t classifier_bias, int64_t classes) {
   if (rows.ndim() != 2 || rows.shape(1) != kColumns || eps.ndim() != 2 || eps.shape(0) != rows.shape(0) ||
       eps.shape(1) != kBatchNormStages || nodes.ndim() != 2 || nodes.shape(1) != 3 ||
       rows.shape(0) < stem_blocks + 2) {
-    throw std::invalid_argument("rows, eps, nodes: expected [R, 29], [R, 3] and [nodes, 3]");
+    throw std::invalid_argument("rows, eps, nodes: expected [R, 31], [R, 3] and [nodes, 3]");
   }
   ChainSource source;
   const int64_t num_operations = rows.shape(0) - stem_blocks - 2;
@@ -83,6 +87,33 @@ inline ChainSource chain_source(const Rows& rows, const Doubles& eps, int64_t st
   source.classifier_bias = reinterpret_cast<const void*>(static_cast<intptr_t>(classifier_bias));
   source.classes = classes;
   return source;
+}
+
+// Each branch: how many of the operations in `rows`, which stand in the order of the branches, it has; first,
+// step and number of the channels that it reads, and of those that it writes.
+inline constexpr int64_t kBranchColumns = 7;
+
+inline UnitSource unit_source(const Rows& rows, const Doubles& eps, const Rows& branches, int64_t in_channels,
+                              int64_t out_channels) {
+  if (rows.ndim() != 2 || rows.shape(1) != kColumns || eps.ndim() != 2 || eps.shape(0) != rows.shape(0) ||
+      eps.shape(1) != kBatchNormStages || branches.ndim() != 2 || branches.shape(1) != kBranchColumns) {
+    throw std::invalid_argument("rows, eps, branches: expected [R, 31], [R, 3] and [branches, 7]");
+  }
+  UnitSource unit;
+  unit.in_channels = in_channels;
+  unit.out_channels = out_channels;
+  int64_t operation = 0;
+  for (int64_t b = 0; b < branches.shape(0); ++b) {
+    const int64_t* row = branches.data(b);
+    BranchSource branch{{row[1], row[2], row[3]}, {row[4], row[5], row[6]}, {}};
+    if (row[0] < 0 || row[0] > rows.shape(0) - operation)
+      throw std::invalid_argument("branches: expected as many operations as there are rows");
+    for (int64_t i = 0; i < row[0]; ++i, ++operation)
+      branch.operations.push_back(operation_from(rows.data(operation), eps.data(operation)));
+    unit.branches.push_back(std::move(branch));
+  }
+  check_unit(unit);
+  return unit;
 }
 
 inline std::vector<PathStep> steps_from(const Steps& steps) {

@@ -112,7 +112,8 @@ class OperationCheck {
     const auto& o = operation_;
     require(o.in_channels > 0 && o.out_channels > 0, "in_channels and out_channels should be positive");
     require(o.stride > 0, "stride should be positive, got ", o.stride);
-    require(o.activation >= kLinear && o.activation <= kSilu, "unknown activation code ", o.activation);
+    for (const int64_t activation : {o.activation, o.depthwise_activation, o.project_activation})
+      require(activation >= kLinear && activation <= kSilu, "unknown activation code ", activation);
     require(o.residual == 0 || (o.residual == 1 && o.stride == 1 && o.in_channels == o.out_channels),
             "residual should be 0, or 1 where the operation keeps the shape, got ", o.residual);
     switch (o.kind) {

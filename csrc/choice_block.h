@@ -30,10 +30,11 @@ inline constexpr int64_t kNone = -1;  // the offset of a section that the operat
 
 constexpr int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
-// Convolutions have no biases; the depthwise one is padded by kernel / 2. act is the operation's activation.
+// Convolutions have no biases; the depthwise one is padded by kernel / 2. Each stage has its own act.
 //   kIdentity            output = input
 //   kConvBn              strided 1x1 convolution, BN, act: of the sections only the project_* ones
-//   kInvertedBottleneck  [expand, BN, act,] depthwise, BN, act, [squeeze-excitation,] project, BN [, + input]
+//   kInvertedBottleneck  [expand, BN, act,] depthwise, BN, act, [squeeze-excitation,] project, BN, act
+//                        [, + input]
 enum Kind : int64_t { kIdentity = 0, kConvBn = 1, kInvertedBottleneck = 2 };
 
 enum Activation : int64_t { kLinear = 0, kRelu = 1, kRelu6 = 2, kHswish = 3, kSilu = 4 };
@@ -48,7 +49,9 @@ struct ChoiceOperation {
   int64_t out_channels;
   int64_t kernel;  // of the depthwise convolution, odd; 1 for the other kinds. Padding is kernel / 2.
   int64_t stride;
-  int64_t activation;   // Activation; of the hidden channels, or of a kConvBn's output
+  int64_t activation;            // Activation; after expand, or of a kConvBn's output
+  int64_t depthwise_activation;  // kLinear, as the next, unless an inverted bottleneck
+  int64_t project_activation;
   int64_t se_channels;  // width of the squeeze, 0 without squeeze-excitation
   int64_t se_gate;      // Gate
   int64_t residual;     // 1 if the input is added to the output
@@ -67,7 +70,7 @@ struct ChoiceOperation {
   int64_t project_statistics;
 };
 
-inline constexpr int64_t kOperationFields = 23;
+inline constexpr int64_t kOperationFields = 25;
 static_assert(sizeof(ChoiceOperation) == kOperationFields * sizeof(int64_t));
 
 // Which of an operation's BatchNorms, and its place in a row of bn_eps.

@@ -18,7 +18,8 @@ struct OperationSource {
   int64_t kind = kIdentity;  // Kind; of the stem's convolution and the head kConvBn
   int64_t in_channels = 0, hidden_channels = 0, out_channels = 0;
   int64_t kernel = 1, stride = 1;
-  int64_t activation = kLinear;
+  // After expand, or of a kConvBn's output; after the depthwise convolution; after project.
+  int64_t activation = kLinear, depthwise_activation = kLinear, project_activation = kLinear;
   int64_t se_channels = 0, se_gate = kHsigmoid;
   int64_t residual = 0;
   // Contiguous as [out, in] and [hidden, kernel, kernel], or, where channels_fastest, as choice_block.h packs
@@ -48,6 +49,8 @@ OperationSource packed_source(const ChoiceOperation& o, const double* eps, const
   s.kernel = o.kernel;
   s.stride = o.stride;
   s.activation = o.activation;
+  s.depthwise_activation = o.depthwise_activation;
+  s.project_activation = o.project_activation;
   s.se_channels = o.se_channels;
   s.se_gate = o.se_gate;
   s.residual = o.residual;

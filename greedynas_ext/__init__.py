@@ -18,8 +18,8 @@ from greedynas_ext.path_filter import FilterRound, PathFilter
 from greedynas_ext.plan import EvaluationPlan
 from greedynas_ext.pool import CandidatePool
 from greedynas_ext.prepared import PreparedEvaluation, prepare_paths
+from greedynas_ext.profile import StageProfile
 from greedynas_ext.results import PathEvaluation
-from greedynas_ext.runner import StageProfile
 from greedynas_ext.samplers import DrawnPaths, FairSampler, GreedySampler, UniformSampler
 from greedynas_ext.schedules import ExploitSchedule
 

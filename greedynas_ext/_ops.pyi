@@ -42,6 +42,31 @@ class ChainEvaluation:
     ) -> None: ...
     def advance(self, seconds: float) -> bool: ...
 
+class UnitEvaluation:
+    kernels: str
+    statistics_size: int
+    def __init__(
+        self,
+        rows: npt.NDArray[np.int64],
+        eps: npt.NDArray[np.float64],
+        branches: npt.NDArray[np.int64],
+        in_channels: int,
+        out_channels: int,
+        precision: str,
+    ) -> None: ...
+    def pack(self) -> None: ...
+    def needed_bytes(self, count: int, height: int, width: int, wide: bool, statistics: Statistics) -> int: ...
+    def run(
+        self,
+        input: int,
+        wide: bool,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        output: int,
+        values: int,
+        statistics: Statistics,
+    ) -> None: ...
+
 def machine_capability() -> str: ...
 def used_capability() -> str: ...
 def capability_reason() -> str: ...

@@ -14,6 +14,7 @@ from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
 from greedynas_ext.recognise import Unrecognised, recognise_head, recognise_operation, recognise_stem
+from greedynas_ext.recognise_unit import recognise_unit
 
 _LONGEST = 12  # parts of a fixed block that is recognised
 
@@ -65,10 +66,13 @@ class _Builder:
                 head = self._module(candidates[start:])
                 if not isinstance(recognise_head(head), Unrecognised):
                     return self.fixed(candidates[:start]), head
+        blocks = self.fixed(parts)
+        if any(map(_runs_fused, blocks[:-1])):
+            return blocks[:-1], blocks[-1]
         return [], self._module(parts)
 
     def fixed(self, parts: Sequence[Part]) -> list[nn.Module]:
-        """The longest runs of parts that are recognised as an operation, and what is between them."""
+        """The longest runs of parts that are recognised as an operation, units that branch, and what is between."""
         blocks: list[nn.Module] = []
         rest: list[Part] = []
         spread = self._spread(parts)
@@ -76,7 +80,7 @@ class _Builder:
         while start < len(spread):
             for stop in range(min(len(spread), start + _LONGEST), start, -1):
                 block = self._module(spread[start:stop])
-                if not isinstance(recognise_operation(block, None), Unrecognised):
+                if _is_operation(block) or (stop == start + 1 and _branches(block)):
                     blocks += [self._module(rest)] if rest else []
                     blocks.append(block)
                     rest, start = [], stop
@@ -103,7 +107,7 @@ class _Builder:
 
     def _inside(self, name: str) -> tuple[Part, ...] | None:
         module = self._supernet.modules[name]
-        if not module._modules or not isinstance(recognise_operation(module, None), Unrecognised):
+        if not module._modules or _is_operation(module) or _branches(module):
             return None
         try:
             inner = self._supernet.inside(name)
@@ -111,6 +115,20 @@ class _Builder:
             return None
         self.inlined[name] = inner
         return inner
+
+
+def _is_operation(module: nn.Module) -> bool:
+    return not isinstance(recognise_operation(module, None), Unrecognised)
+
+
+def _branches(module: nn.Module) -> bool:
+    """Whether it is a unit of several branches; one of a single branch is told as the operations in it."""
+    unit = recognise_unit(module, None)
+    return not isinstance(unit, Unrecognised) and len(unit.branches) > 1
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    return not isinstance(recognise_unit(module, None), Unrecognised)
 
 
 def _calls_one_module(part: Part) -> bool:

@@ -24,6 +24,8 @@ from greedynas_ext.recognise import (
     recognise_operation,
     recognise_stem,
 )
+from greedynas_ext.recognise_unit import recognise_unit
+from greedynas_ext.unit import UnitWeights
 
 Own = Callable[[Sequence[int], Tensor], Any]
 
@@ -84,7 +86,10 @@ def _along(
         source, features = features, chain.choices[layer][op](features.clone())
         if (layer, op) not in compared:
             compared.add((layer, op))
-            weights = recognise_operation(chain.choices[layer][op], source.shape[1] if source.dim() > 1 else 0)
+            channels = source.shape[1] if source.dim() > 1 else 0
+            weights = recognise_operation(chain.choices[layer][op], channels)
+            if isinstance(weights, Unrecognised):
+                weights = recognise_unit(chain.choices[layer][op], channels)  # type: ignore[assignment]
             problem = _described_otherwise(weights, source, features, chain.place(layer, op))
             if problem is not None:
                 return problem
@@ -109,19 +114,36 @@ def _described_otherwise(weights: object, source: Tensor, output: Tensor, place:
 def described(weights: object, x: Tensor) -> Tensor:
     """What a description of an operation, a stem or a head computes, with statistics of the batch, in plain torch."""
     if isinstance(weights, StemWeights):
-        x = F.conv2d(x, weights.conv, stride=weights.stride, padding=weights.conv.shape[2] // 2)
-        x = F.batch_norm(x, None, None, weights.bn.weight, weights.bn.bias, True, 0.0, weights.bn.eps)
-        x = reference.activation(weights.activation)(x)
+        x = _operation(ConvBNWeights(weights.conv, weights.bn, weights.stride, weights.activation), x)
         for block in weights.blocks:
             x = _operation(block, x)
         return x
     if isinstance(weights, HeadWeights):
         x = _operation(ConvBNWeights(weights.conv, weights.bn, 1, weights.activation), x)
         return F.linear(x.mean((2, 3)), weights.weight, weights.bias)
+    if isinstance(weights, UnitWeights):
+        return _unit(weights, x)
     return _operation(weights, x)  # type: ignore[arg-type]
 
 
+def _unit(weights: UnitWeights, x: Tensor) -> Tensor:
+    size = weights.size_after((x.shape[2], x.shape[3]))
+    output = x.new_full((len(x), weights.out_channels, *size), float("nan"))
+    for branch in weights.branches:
+        y = x[:, list(branch.reads)]
+        for operation in branch.operations:
+            y = _operation(operation, y)
+        output[:, list(branch.writes)] = y
+    return output
+
+
 def _operation(weights: OperationWeights, x: Tensor) -> Tensor:
+    if isinstance(weights, ConvBNWeights):
+        kernel = weights.weight.shape[2] if weights.weight.dim() == 4 else 1
+        weight = weights.weight.reshape(*weights.weight.shape[:2], kernel, kernel)
+        x = F.conv2d(x, weight, stride=weights.stride, padding=kernel // 2)
+        x = F.batch_norm(x, None, None, weights.bn.weight, weights.bn.bias, True, 0.0, weights.bn.eps)
+        return reference.activation(weights.activation)(x)
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     block = pack_choice_block([weights], dtype=wide)
     index = torch.zeros(1, dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -44,7 +44,7 @@ class Chain:
         columns: for each layer the column of the paths that chooses in it, None for a fixed block, which has a single
             operation; None: the columns are the layers.
         options: with `columns`, how many options each column of the paths has. A column may choose nothing.
-        partly_fused: whether operations that are recognised may run fused beside others that are not.
+        partly_fused: whether parts that are recognised may run fused beside others that are not.
     """
 
     stem: Operation
@@ -76,10 +76,6 @@ class Chain:
             if column is not None:
                 counts[column] += count
         return tuple(counts)
-
-    def with_choices(self, choices: tuple[tuple[Operation, ...], ...]) -> Chain:
-        """The same with other operations."""
-        return replace(self, choices=choices)
 
     def stage(self, layer: int) -> str:
         """The name of a layer."""

@@ -27,6 +27,8 @@ FIELDS = (
     "kernel",
     "stride",
     "activation",
+    "depthwise_activation",
+    "project_activation",
     "se_channels",
     "se_gate",
     "residual",

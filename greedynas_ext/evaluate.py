@@ -46,8 +46,10 @@ def evaluate_paths(
     off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
     and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
     excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
-    anything else runs as the modules that it is. Of what `adapt` returns, in float32 and, on a CPU, float64, operations
-    that are recognised run fused beside others that are not. `plan.kernels` and `plan.macs_fused` say which, and why.
+    anything else runs as the modules that it is. Of what `adapt` returns, on a CPU, parts that are recognised run fused
+    beside others that are not: the operations named, convolutions of any odd size with BN and activation, several in a
+    row, and units that split channels, branch, concatenate and shuffle, as those of ShuffleNetV2; on a GPU, in float32,
+    the operations named. `plan.kernels` and `plan.macs_fused` say which, and why.
     To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
@@ -122,12 +124,8 @@ def evaluate_paths(
     if isinstance(described, str):
         if fused:
             raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
-        fuses = (
-            fused is not False
-            and chain.partly_fused
-            and kind in ("fp32", "fp64")
-            and refused(images, kind, where) is None
-        )
+        can = chain.partly_fused and (where.type == "cpu" or kind == "fp32") and refused(images, kind, where) is None
+        fuses = kind if fused is not False and can else None
         engine = ModuleEngine(
             chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, described, fuses
         )

@@ -27,12 +27,12 @@ from greedynas_ext.packing import (
     OperationWeights,
 )
 from greedynas_ext.plan import Trie
-from greedynas_ext.runner import StageProfile
+from greedynas_ext.profile import StageProfile
 
 OnScores: TypeAlias = Callable[[Sequence[int], Tensor, Tensor], None]
 
 _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
-_SHAPE_COLUMNS = 10  # of a row, before the addresses
+_SHAPE_COLUMNS = 12  # of a row, before the addresses
 # Of images and weights handed over.
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32}
 
@@ -65,7 +65,7 @@ class Rows:
         rows._convolution(fused.stem.conv, fused.stem.stride, fused.stem.activation, fused.stem.bn)
         rows._convolution(fused.head.conv, 1, fused.head.activation, fused.head.bn)
         for operation in (*fused.stem.blocks, *fused.operations.values()):
-            rows._operation(operation)
+            rows.add(operation)
         rows.weight, rows.bias = rows._address(fused.head.weight), rows._address(fused.head.bias)
         return rows
 
@@ -107,14 +107,15 @@ class Rows:
     def _convolution(self, weight: Tensor, stride: int, activation: str, bn: BatchNormWeights) -> None:
         """A dense convolution with BatchNorm."""
         out, into, kernel = weight.shape[0], weight.shape[1], weight.shape[2] if weight.dim() == 4 else 1
-        shape = [KINDS["conv_bn"], into, 0, out, kernel, stride, ACTIVATIONS[activation], 0, 0, 0]
+        shape = [KINDS["conv_bn"], into, 0, out, kernel, stride, ACTIVATIONS[activation], 0, 0, 0, 0, 0]
         self._add(shape, [None] * 6 + [weight], (None, None, bn))
 
-    def _operation(self, operation: OperationWeights) -> None:
-        """A choice."""
+    def add(self, operation: OperationWeights) -> None:
+        """A row more, of an operation."""
         into, out, stride = operation_shape(operation)
         if isinstance(operation, IdentityWeights):
-            self._add([KINDS["identity"], into, 0, out, 1, 1, 0, 0, 0, 0], [None] * 7, (None, None, None))
+            shape = [KINDS["identity"], into, 0, out, 1, 1, 0, 0, 0, 0, 0, 0]
+            self._add(shape, [None] * 7, (None, None, None))
         elif isinstance(operation, ConvBNWeights):
             self._convolution(operation.weight, stride, operation.activation, operation.bn)
         else:
@@ -125,8 +126,8 @@ class Rows:
         hidden, kernel = block.depthwise.shape[0], block.depthwise.shape[2]
         se = block.squeeze_excitation
         squeezed, gate = (0, 0) if se is None else (se.reduce_weight.shape[0], GATES[se.gate])
-        activation = ACTIVATIONS[block.activation]
-        shape = [KINDS["inverted_bottleneck"], into, hidden, out, kernel, stride, activation]
+        activations = [ACTIVATIONS[activation] for activation in block.activations]
+        shape = [KINDS["inverted_bottleneck"], into, hidden, out, kernel, stride, *activations]
         excitation: list[Tensor | None] = [None] * 4
         if se is not None:
             excitation = [se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias]

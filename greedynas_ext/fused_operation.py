@@ -1,79 +1,231 @@
-"""Single operations of a chain by fused kernels, where the chain as a whole has some that are not recognised."""
+"""Parts of a chain by fused kernels, where the chain as a whole has some that are not recognised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from greedynas_ext import ops, ops_cuda
+from greedynas_ext import _library, ops, ops_cuda
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.block_layout import PackedBlock
-from greedynas_ext.fused_chain import operation_macs, operation_norms, operation_shape
+from greedynas_ext.fused import Rows
 from greedynas_ext.intercept import Interceptor
-from greedynas_ext.packing import (
-    ConvBNWeights,
-    InvertedBottleneckWeights,
-    pack_choice_block,
-    running_statistics,
-)
-from greedynas_ext.recognise import recognise_operation
+from greedynas_ext.packing import ConvBNWeights, pack_choice_block, running_statistics
+from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head, recognise_stem
+from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_stem
+from greedynas_ext.unit import UnitWeights
+
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class FusedOperation:
-    """Runs an operation by `ops.mixed_op`, by the interceptor's policy; what that cannot do, by the operation itself.
+class FusedUnit:
+    """Runs an operation that is a unit by fused kernels, by the interceptor's policy; else by the operation itself.
+
+    On a GPU the kernels are those of `ops.mixed_op`, in float32, for a unit that is a row of its operations.
 
     It only reads its input. Weights are packed when it first runs, so it is made anew for each evaluation.
     """
 
-    def __init__(
-        self, operation: Operation, weights: InvertedBottleneckWeights | ConvBNWeights, interceptor: Interceptor
-    ) -> None:
+    def __init__(self, operation: Operation, unit: UnitWeights, precision: str, interceptor: Interceptor) -> None:
+        """`precision`: "fp64", "fp32" or "bf16", of what comes and goes."""
         self.operation = operation
-        self._weights, self._interceptor = weights, interceptor
-        self._block: PackedBlock | None = None
-        self._running: Tensor | None = None
-        self._index = torch.zeros(1, dtype=torch.int64)
-        norms = [norm for norm in operation_norms(weights) if norm is not None]
-        self._has_running = all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
+        self._unit, self._interceptor = unit, interceptor
+        self._dtype = _DTYPES[precision]
+        halves = precision == "bf16" and _library.require_chain().bf16_kernels() != ""
+        self._precision = precision if halves or precision != "bf16" else "fp32"
+        self._has_running = all(norm.running_mean is not None and norm.running_var is not None for norm in unit.norms())
+        self._made: Any = None
+        self._rows: Rows | None = None
+        self._blocks: list[PackedBlock] | None = None
+
+    def runs(self, x: Tensor) -> bool:
+        """Whether the kernels run for this input, and not the operation itself."""
+        policy = self._interceptor.normalisation
+        return self._takes(x) and policy != "probe" and (policy != "running" or self._has_running)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The operation's output for [N, C, H, W]."""
+        if not self.runs(x):
+            if self._interceptor.normalisation == "probe" and self._takes(x):
+                self._working_memory(x)
+            return self.operation(x.clone(memory_format=torch.contiguous_format))
+        macs = len(x) * self._unit.macs((x.shape[2], x.shape[3]))
+        output = self._by_blocks(x) if ops_cuda.available(x) else self._by_unit(x)
+        self._interceptor.macs += macs
+        self._interceptor.macs_fused += macs
+        return output.to(self._dtype)
+
+    def _by_unit(self, x: Tensor) -> Tensor:
         policy = self._interceptor.normalisation
-        into, _, stride = operation_shape(self._weights)
-        values = len(x) * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) if x.dim() == 4 else 0
-        has_kernels = ops_cuda.available(x) or (x.is_cpu and x.dtype in (torch.float32, torch.float64))
-        fits = x.dim() == 4 and x.shape[1] == into and has_kernels
-        if not fits or values < 2 or policy == "probe" or (policy == "running" and not self._has_running):
-            return self.operation(x.clone())
-        if self._block is None:
-            self._block = pack_choice_block([self._weights], dtype=x.dtype)
-            if policy == "running":
-                self._running = running_statistics([self._weights], self._block)
-        if x.is_cuda and not ops_cuda.takes(self._block.operation(0)):
-            return self.operation(x.clone())
-        statistics = self._running
-        if policy == "constants":
-            if not self._interceptor.statistics:
-                raise RuntimeError(f"{self._interceptor.place} normalised more often than on the calibration images")
-            statistics = self._interceptor.statistics.pop(0)[0]
-        output, used = ops.mixed_op(x.permute(0, 2, 3, 1)[None], self._index, self._index, self._block, statistics)
+        evaluation, count = self._evaluation(), len(x)
+        if self._precision != "bf16":
+            x = x.to(torch.float64 if self._precision == "fp64" else torch.float32)
+        shape = (count, self._unit.out_channels, *self._unit.size_after((x.shape[2], x.shape[3])))
+        dtype = torch.bfloat16 if self._precision == "bf16" else x.dtype
+        output = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        values = self._statistics(x)
+        evaluation.run(
+            x.data_ptr(),
+            x.dtype != torch.bfloat16,
+            [count, x.shape[2], x.shape[3]],
+            list(x.stride()),
+            output.data_ptr(),
+            0 if values is None else values.data_ptr(),
+            getattr(_library.require_chain().Statistics, policy.upper()),
+        )
         if policy == "capture":
-            self._interceptor.statistics.append((used, used))
-        self._interceptor.macs += len(x) * operation_macs(self._weights, (x.shape[2], x.shape[3]))
-        return output[0].permute(0, 3, 1, 2)
+            assert values is not None
+            self._interceptor.statistics.append((values, values))
+        return output
+
+    def _by_blocks(self, x: Tensor) -> Tensor:
+        policy, blocks = self._interceptor.normalisation, self._packed_blocks()
+        node = torch.zeros(1, dtype=torch.int64)
+        kept: Sequence[Tensor | None] = [None] * len(blocks)
+        if policy == "constants":
+            kept = torch.split(self._kept(), [block.statistics_width for block in blocks], dim=1)
+        used = []
+        x = x.permute(0, 2, 3, 1)[None]
+        for operation, block, given in zip(self._unit.operations(), blocks, kept, strict=True):
+            statistics = running_statistics([operation], block) if policy == "running" else given
+            x, statistics = ops.mixed_op(x, node, node, block, statistics)
+            used.append(statistics)
+        if policy == "capture":
+            values = torch.cat(used, dim=1)
+            self._interceptor.statistics.append((values, values))
+        return x[0].permute(0, 3, 1, 2)
+
+    def _takes(self, x: Tensor) -> bool:
+        if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
+            return False
+        if ops_cuda.available(x):
+            if not self._is_row() or not all(ops_cuda.takes(block.operation(0)) for block in self._packed_blocks()):
+                return False
+        elif not x.is_cpu:
+            return False
+        if x.dtype != self._dtype and (self._dtype, x.dtype) != (torch.bfloat16, torch.float32):
+            return False
+        # Of one value batch normalisation has no statistics: the operation itself says so.
+        height, width = self._unit.size_after((x.shape[2], x.shape[3]))
+        return len(x) * height * width > 1
+
+    def _evaluation(self) -> Any:
+        if self._made is None:
+            unit = self._unit
+            self._rows = Rows(torch.float64 if self._precision == "fp64" else torch.float32)
+            for operation in unit.operations():
+                self._rows.add(operation)
+            branches = [
+                [len(each.operations), *_progression(each.reads), *_progression(each.writes)] for each in unit.branches
+            ]
+            self._made = _library.require_chain().UnitEvaluation(
+                *self._rows.arrays(),
+                np.array(branches, dtype=np.int64),
+                unit.in_channels,
+                unit.out_channels,
+                self._precision,
+            )
+            self._made.pack()
+        return self._made
+
+    def _is_row(self) -> bool:
+        unit = self._unit
+        branch = unit.branches[0]
+        return (
+            (branch.reads, branch.writes) == (range(unit.in_channels), range(unit.out_channels))
+            and len(branch.operations) > 0
+            and all(not isinstance(each, ConvBNWeights) or each.weight.shape[2] == 1 for each in branch.operations)
+        )
+
+    def _packed_blocks(self) -> list[PackedBlock]:
+        if self._blocks is None:
+            self._blocks = [pack_choice_block([each], dtype=torch.float32) for each in self._unit.operations()]
+        return self._blocks
+
+    def _statistics(self, x: Tensor) -> Tensor | None:
+        """Where statistics are written that are to be kept, or those that were kept."""
+        policy = self._interceptor.normalisation
+        if policy == "capture":
+            dtype = torch.float64 if self._precision == "fp64" else torch.float32
+            return x.new_empty(self._evaluation().statistics_size, dtype=dtype)
+        return self._kept() if policy == "constants" else None
+
+    def _kept(self) -> Tensor:
+        if not self._interceptor.statistics:
+            raise RuntimeError(f"{self._interceptor.place} normalised more often than on the calibration images")
+        return self._interceptor.statistics.pop(0)[0]
+
+    def _working_memory(self, x: Tensor) -> Tensor:
+        """As much as the kernels need, so that who watches allocations sees it."""
+        batch = _library.require_chain().Statistics.BATCH
+        wide = x.dtype != torch.bfloat16
+        size = self._evaluation().needed_bytes(len(x), x.shape[2], x.shape[3], wide, batch)
+        return x.new_empty(size, dtype=torch.uint8)
 
 
-def with_fused_operations(
-    chain: Chain, used: Iterable[tuple[int, int]], interceptor: Interceptor
-) -> tuple[Chain, set[tuple[int, int]]]:
-    """The chain with those of the operations `used` that are recognised replaced, and which those are."""
+def _progression(channels: range) -> tuple[int, int, int]:
+    return channels.start, channels.step, len(channels)
+
+
+class FusedHead:
+    """A head whose convolution fused kernels run; the mean and the linear layer are torch's."""
+
+    def __init__(self, head: Operation, weights: HeadWeights, precision: str, interceptor: Interceptor) -> None:
+        self.head = head
+        self._weights = weights
+        self._convolution = FusedUnit(head, unit_of_head(weights), precision, interceptor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
+        side = self._weights.side
+        if not self._convolution.runs(x) or (side and x.shape[2:] != (side, side)):
+            return self.head(x.clone(memory_format=torch.contiguous_format))
+        features = self._convolution(x).mean((2, 3))
+        return F.linear(features, self._weights.weight, self._weights.bias)
+
+
+Fused = FusedUnit | FusedHead
+
+
+def with_fused_parts(
+    chain: Chain, used: Iterable[tuple[int, int]], precision: str, interceptor: Interceptor
+) -> tuple[Chain, list[str] | None]:
+    """The chain with stem, head and those of the operations `used` that are recognised replaced.
+
+    Beside it why others are not, identities aside; None where none is replaced.
+    """
+    replaced = False
+    reasons: list[str] = []
+
+    def fused(place: str, part: Operation, described: UnitWeights | HeadWeights | Unrecognised) -> Operation:
+        nonlocal replaced
+        if isinstance(described, Unrecognised):
+            if not hands_on(part):
+                reasons.append(f"{place}: {described.reason}")
+            return part
+        replaced = True
+        make = FusedHead if isinstance(described, HeadWeights) else FusedUnit
+        return make(part, described, precision, interceptor)  # type: ignore[arg-type]
+
+    as_stem = recognise_stem(chain.stem)
+    as_unit = recognise_unit(chain.stem, None) if isinstance(as_stem, Unrecognised) else unit_of_stem(as_stem)
+    stem = fused("supernet.stem", chain.stem, as_unit)
     choices = [list(layer) for layer in chain.choices]
-    replaced = set()
-    for layer, op in used:
-        weights = recognise_operation(choices[layer][op], None)
-        if isinstance(weights, InvertedBottleneckWeights | ConvBNWeights):
-            choices[layer][op] = FusedOperation(choices[layer][op], weights, interceptor)
-            replaced.add((layer, op))
-    return chain.with_choices(tuple(map(tuple, choices))), replaced
+    for layer, op in sorted(used):
+        part = choices[layer][op]
+        choices[layer][op] = fused(chain.place(layer, op), part, recognise_unit(part, None))
+    head = fused("supernet.head", chain.head, recognise_head(chain.head))
+    return replace(chain, stem=stem, choices=tuple(map(tuple, choices)), head=head), reasons if replaced else None
+
+
+def hands_on(operation: Operation) -> bool:
+    """Whether it is an identity, or a sequence of such."""
+    if type(operation) is nn.Sequential:
+        return all(map(hands_on, operation))
+    return type(operation) is nn.Identity

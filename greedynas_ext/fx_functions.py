@@ -55,6 +55,7 @@ _METHODS = frozenset(
         "squeeze",
         "unsqueeze",
         "expand_as",
+        "contiguous",
         "add",
         "add_",
         "mul",
@@ -224,6 +225,9 @@ class Functions(StepList):
         shapes = getattr(input, "shape", ()), getattr(other, "shape", ())
         means = len(shapes[0]) == len(shapes[1]) == 4 and shapes[0][:2] == shapes[1][:2] and shapes[0][2:] == (1, 1)
         self.check("[N, C, 1, 1] as [N, C, H, W]", means, shapes)
+        return input
+
+    def _contiguous(self, input: Any, memory_format: Any = None) -> Any:
         return input
 
     def _size(self, input: Any, dim: int | None = None) -> Any:

@@ -18,7 +18,7 @@ def read_steps(trace: Trace, in_channels: int | None) -> Steps:
     Raises:
         Mismatch: naming what is no such step, or a result that nobody uses.
     """
-    return _Reader(trace, _channels_read(trace) if in_channels is None else in_channels).read()
+    return Reader(trace, _channels_read(trace) if in_channels is None else in_channels).read()
 
 
 def _channels_read(trace: Trace) -> int | None:
@@ -31,13 +31,16 @@ def _channels_read(trace: Trace) -> int | None:
     return None
 
 
-class _Reader(Functions):
+class Reader(Functions):
+    """Goes along a graph."""
+
     def __init__(self, trace: Trace, in_channels: int | None) -> None:
         super().__init__(in_channels)
         self._trace = trace
         self._used: set[str] = set()
 
     def read(self) -> Steps:
+        """The steps that lead to the output."""
         known: dict[fx.Node, Any] = {}
         for node in self._trace.graph.nodes:
             args, kwargs = _looked_up(node.args, known), _looked_up(node.kwargs, known)
@@ -103,6 +106,8 @@ def _looked_up(value: Any, known: dict[fx.Node, Any]) -> Any:
         return tuple(_looked_up(each, known) for each in value)
     if isinstance(value, dict):
         return {key: _looked_up(each, known) for key, each in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_looked_up(each, known) for each in (value.start, value.stop, value.step)))
     return value
 
 

@@ -27,13 +27,14 @@ class Step:
     """One step; step i computes value i + 1, and value 0 is the module's input.
 
     Attributes:
-        kind: "conv", "bn", "act", "pool" (mean over the image), "linear", "add" or "mul".
+        kind: "conv", "bn", "act", "pool" (mean over the image), "linear", "add", "mul" or "channels" (some of a map's).
         name: the module or function behind it, for reasons.
         inputs: the values it reads.
         module: of conv and linear.
         norm: of bn.
         activation: of act: of ACTIVATIONS or GATES.
         side: of pool: the height and width that the image has to have for it to be a mean over the image; 0: any.
+        channels: of channels: which.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Step:
     norm: BatchNormWeights | None = None
     activation: str = ""
     side: int = 0
+    channels: range = range(0)
 
 
 @dataclass(frozen=True)

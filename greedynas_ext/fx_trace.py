@@ -7,7 +7,10 @@ evaluation mode, whose convolutions, batch normalisations and linear layers only
 
 from __future__ import annotations
 
+import dis
+import inspect
 import random
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +170,7 @@ def trace(module: nn.Module) -> Trace:
 
 
 def _trace(module: nn.Module) -> Trace:
-    tracer = ValueTracer(fx.Graph())
+    tracer = _AssertingTracer(fx.Graph())
     try:
         shadow, leaves = _shadow(module, tracer)
         with Recorder():
@@ -256,6 +259,34 @@ class ValueTracer(GraphAppendingTracer):
         if not issubclass(type(a), fx.Proxy) and isinstance(a, Tensor):
             raise Untraceable("forward uses a tensor other than its input outside Conv2d, BatchNorm2d and Linear")
         return super().create_arg(a)
+
+
+class _AssertingTracer(ValueTracer):
+    """Also writes down what a forward asserts of sizes: a reader that knows them sees to it."""
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """True where a size is asserted; raises TraceError anywhere else."""
+        frame = inspect.currentframe()
+        asked = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+        if asked is None or not _is_size(obj.node) or not _asserts(asked):
+            return super().to_bool(obj)
+        self.create_node("call_function", asserted, (obj.node,), {})
+        return True
+
+
+def asserted(holds: bool) -> None:
+    """Stands in a graph where a forward asserted something of sizes."""
+    assert holds
+
+
+def _asserts(frame: types.FrameType) -> bool:
+    """Whether what a frame asks for decides about an AssertionError."""
+    instructions = list(dis.get_instructions(frame.f_code))
+    asks = next((n for n, each in enumerate(instructions) if each.offset == frame.f_lasti), len(instructions))
+    after = [each for each in instructions[asks : asks + 3] if each.opname != "TO_BOOL"]
+    if len(after) < 2 or not after[0].opname.startswith("POP_JUMP") or not after[0].opname.endswith("IF_TRUE"):
+        return False
+    return after[1].opname == "LOAD_ASSERTION_ERROR" or after[1].argval is AssertionError
 
 
 def _is_size(node: fx.Node) -> bool:

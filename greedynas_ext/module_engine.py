@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from greedynas_ext import arguments, ops
 from greedynas_ext.arguments import Chain
-from greedynas_ext.fused_operation import with_fused_operations
+from greedynas_ext.fused_operation import with_fused_parts
 from greedynas_ext.intercept import Interceptor, Normalisation
 from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
 from greedynas_ext.memory import MemoryEstimate, estimate_memory
 from greedynas_ext.plan import Trie
-from greedynas_ext.runner import Profile, Runner, StageProfile
+from greedynas_ext.profile import Profile, StageProfile
+from greedynas_ext.runner import Runner
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOGITS_BYTES = 64 << 20  # logits are gathered up to this size before their loss is computed
@@ -45,26 +46,26 @@ class ModuleEngine:
         max_memory: int | None,
         profiling: bool,
         reason: str,
-        fuses: bool = False,
+        fuses: str | None = None,
     ) -> None:
-        """`reason`: why the fused engine is not used; `fuses`: whether fused kernels run operations that they can."""
+        """`reason`: why the fused engine is not used; `fuses`: in which precision fused kernels run what they can."""
         self._chain, self._trie, self._modules, self._dtype = chain, trie, modules, dtype
         self._bn, self._label_smoothing, self._precision = bn, label_smoothing, precision
         self._max_memory, self._profiling = max_memory, profiling
         cast_to, cast_from = _casts(precision)
         self._interceptor = Interceptor(cast_to, cast_from)
-        self._fused: set[tuple[int, int]] = set()
-        if fuses:
+        reasons: list[str] | None = None
+        if fuses is not None:
             used = {(node.layer, node.op) for node in trie.nodes}
             with held_interrupts(), torch.no_grad():
-                self._chain, self._fused = with_fused_operations(chain, used, self._interceptor)
+                self._chain, reasons = with_fused_parts(chain, used, fuses, self._interceptor)
         self._runner: Runner | None = None
         self._profile: Profile
         self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
         self._macs: tuple[int, int] | None = None
         self._macs_fused = 0
         self.traversal, self.split = "depth-first", 1
-        self.kernels = f"partly fused; modules: {reason}" if self._fused else f"modules: {reason}"
+        self.kernels = _in_words(reason, reasons)
 
     @property
     def needs_batch(self) -> bool:
@@ -93,8 +94,7 @@ class ModuleEngine:
                 sizes.append(len(part))
             if self._macs is None:
                 self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
-                nodes = zip(self._trie.nodes, runner.node_macs, strict=True)
-                self._macs_fused = sum(macs for node, macs in nodes if (node.layer, node.op) in self._fused)
+                self._macs_fused = runner.macs_fused
         return sizes
 
     def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
@@ -217,6 +217,16 @@ class _LogitsGatherer:
         if self._leaves:
             self._score(self._leaves, torch.stack(self._logits))
         self._leaves, self._logits, self._versions = [], [], []
+
+
+def _in_words(reason: str, unfused: list[str] | None) -> str:
+    """What computes. `unfused`: why parts of the chain run as modules where others are fused; None: all do."""
+    if unfused is None:
+        return f"modules: {reason}"
+    if not unfused:
+        return f"fused part by part: {reason}"
+    more = f" (and {len(unfused) - 1} more)" if len(unfused) > 1 else ""
+    return f"partly fused; modules: {unfused[0]}{more}"
 
 
 def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:

@@ -59,7 +59,7 @@ class SqueezeExcitationWeights:
 
 @dataclass(frozen=True)
 class InvertedBottleneckWeights:
-    """[expand 1x1, BN, act], depthwise kxk, BN, act, [squeeze-excitation], project 1x1, BN, [+ input].
+    """[expand 1x1, BN, act], depthwise kxk, BN, act, [squeeze-excitation], project 1x1, BN, act, [+ input].
 
     The convolutions pad by k // 2; a bias is in the BatchNorm after it.
     Without an expand stage `expand` and `expand_bn` are None.
@@ -72,14 +72,25 @@ class InvertedBottleneckWeights:
     project: Tensor  # [out, hidden, 1, 1]
     project_bn: BatchNormWeights
     stride: int
-    activation: str  # of ACTIVATIONS
+    activation: str  # of ACTIVATIONS; after expand
     residual: bool
     squeeze_excitation: SqueezeExcitationWeights | None = None
+    depthwise_activation: str | None = None  # None: as after expand
+    project_activation: str = "linear"
+
+    @property
+    def activations(self) -> tuple[str, str, str]:
+        """After expand, depthwise and project."""
+        middle = self.activation if self.depthwise_activation is None else self.depthwise_activation
+        return self.activation, middle, self.project_activation
 
 
 @dataclass(frozen=True)
 class ConvBNWeights:
-    """A 1x1 convolution with a stride and its BatchNorm: the identity where the shape changes."""
+    """A 1x1 convolution with a stride and its BatchNorm: the identity where the shape changes.
+
+    In a stem, a head or a unit the convolution may be of k x k, k odd, padded by k // 2.
+    """
 
     weight: Tensor  # [out, in, 1, 1]
     bn: BatchNormWeights
@@ -204,7 +215,8 @@ def _kind(tensor: Tensor) -> str:
 def _pack_operation(
     writer: _Writer, name: str, operation: OperationWeights
 ) -> tuple[dict[str, int], tuple[float, float, float]]:
-    row = dict.fromkeys(FIELDS, -1) | {"hidden_channels": 0, "kernel": 1, "se_channels": 0, "se_gate": 0, "residual": 0}
+    zeros = ("hidden_channels", "depthwise_activation", "project_activation", "se_channels", "se_gate", "residual")
+    row = dict.fromkeys(FIELDS, -1) | dict.fromkeys(zeros, 0) | {"kernel": 1}
     if isinstance(operation, IdentityWeights):
         if operation.channels < 1:
             raise ValueError(f"{name}.channels: expected at least 1, got {operation.channels}")
@@ -259,6 +271,8 @@ def _pack_inverted_bottleneck(
         )
     expand_eps = operation.expand_bn.eps if operation.expand_bn is not None else 0.0
     row |= {"out_channels": out_channels, "residual": int(operation.residual)}
+    for stage, activation in zip(("depthwise", "project"), operation.activations[1:], strict=True):
+        row[f"{stage}_activation"] = _code(ACTIVATIONS, f"{name}.{stage}_activation", activation)
     return row, (expand_eps, operation.depthwise_bn.eps, operation.project_bn.eps)
 
 

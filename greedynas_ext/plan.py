@@ -40,8 +40,8 @@ class EvaluationPlan:
         macs_saved: what running each path on its own would have added.
         batch_split: images of a batch were evaluated in this many parts for `max_memory` (never where statistics
             of the batch are used).
-        kernels: what computed: "fused, " and the instruction set, or "modules: " and why they ran; "partly fused, "
-            where both did.
+        kernels: what computed: "fused, " and the instruction set, or "modules: " and why they ran; "partly fused; "
+            where both did, and "fused part by part: " where kernels ran all parts, but not as a whole, and why.
         macs_fused: those of `macs_computed` that fused kernels ran.
     """
 

@@ -65,7 +65,7 @@ _cache: Cache[Any] = Cache()
 
 def recognise_stem(module: object) -> StemWeights | Unrecognised:
     """Describes `module` if it computes a stem, [N, in, H, W] to [N, out, H', W'], in evaluation mode. Never raises."""
-    return _recognise(module, "stem", None, _stem)
+    return recognise(module, "stem", None, _matching(_stem))
 
 
 def recognise_operation(
@@ -75,17 +75,21 @@ def recognise_operation(
 
     Without `in_channels` they are those of the first convolution; an identity has none to tell.
     """
-    return _recognise(module, "operation", in_channels, _operation)
+    return recognise(module, "operation", in_channels, _matching(_operation))
 
 
 def recognise_head(module: object) -> HeadWeights | Unrecognised:
     """Describes `module` if it computes a head, [N, in, H, W] to [N, classes], in evaluation mode. Never raises."""
-    return _recognise(module, "head", None, _head)
+    return recognise(module, "head", None, _matching(_head))
 
 
-def _recognise(
-    module: object, role: str, in_channels: int | None, match: Callable[[_Cursor], _Description]
+def recognise(
+    module: object,
+    role: str,
+    in_channels: int | None,
+    describe: Callable[[nn.Module, int | None], _Description | Unrecognised],
 ) -> _Description | Unrecognised:
+    """What `describe(module, in_channels)` says, which is kept for `role` until the module changes. Never raises."""
     if not isinstance(module, nn.Module):
         return Unrecognised("not a module")
     key = (role, in_channels)
@@ -97,7 +101,7 @@ def _recognise(
         if reason is not None:
             return Unrecognised(reason)
         fingerprint = Fingerprint.of(module)
-        found = _described(module, in_channels, match)
+        found = describe(module, in_channels)
         # What another thread changed meanwhile may or may not be in the description.
         if fingerprint is not None and refusal(module) is None and fingerprint.matches(module):
             _cache.put(module, key, fingerprint, found)
@@ -108,16 +112,26 @@ def _recognise(
         return Unrecognised(first_line(error))
 
 
-def _described(
-    module: nn.Module, in_channels: int | None, match: Callable[[_Cursor], _Description]
-) -> _Description | Unrecognised:
-    try:
-        cursor = _Cursor(read_steps(trace(module), in_channels))
-        description = match(cursor)
-        cursor.expect_end()
-        return description
-    except (Untraceable, Mismatch) as error:
-        return Unrecognised(str(error))
+def _matching(
+    match: Callable[[_Cursor], _Description],
+) -> Callable[[nn.Module, int | None], _Description | Unrecognised]:
+    """Describes modules whose steps match."""
+
+    def describe(module: nn.Module, in_channels: int | None) -> _Description | Unrecognised:
+        try:
+            return matched(read_steps(trace(module), in_channels), match)
+        except (Untraceable, Mismatch) as error:
+            return Unrecognised(str(error))
+
+    return describe
+
+
+def matched(steps: Steps, match: Callable[[_Cursor], _Description]) -> _Description:
+    """What `match` says of all of the steps. Raises Mismatch."""
+    cursor = _Cursor(steps)
+    description = match(cursor)
+    cursor.expect_end()
+    return description
 
 
 class _Cursor:
@@ -206,6 +220,28 @@ def _operation(cursor: _Cursor) -> InvertedBottleneckWeights | ConvBNWeights | I
     return _after_expansion(cursor, 0, None, None, None)
 
 
+def operations_in_a_row(cursor: _Cursor) -> tuple[InvertedBottleneckWeights | ConvBNWeights, ...]:
+    """Inverted bottlenecks and convolutions (of any odd size) with BN, one after the other to the end."""
+    operations: list[InvertedBottleneckWeights | ConvBNWeights] = []
+    while cursor.peek() is not None:
+        operations.append(_next_operation(cursor))
+    return tuple(operations)
+
+
+def _next_operation(cursor: _Cursor) -> InvertedBottleneckWeights | ConvBNWeights:
+    start, first = cursor.value, cursor.peek()
+    if first is None or first.kind != "conv" or _is_depthwise(first):
+        return _after_expansion(cursor, start, None, None, None)
+    step = cursor.take(("conv",), "a convolution")
+    weight, stride, norm = _weight(step), pair(_conv(step).stride)[0], _norm(cursor)
+    activation = _activation(cursor) if cursor.comes("act") else "linear"
+    following = cursor.peek()
+    expands = weight.shape[2] == 1 and stride == 1
+    if expands and following is not None and following.kind == "conv" and _is_depthwise(following):
+        return _after_expansion(cursor, start, weight, norm, activation)
+    return ConvBNWeights(weight, norm, stride, activation)
+
+
 def _inverted_bottleneck(cursor: _Cursor) -> InvertedBottleneckWeights:
     start, first = cursor.value, cursor.peek()
     if first is None or first.kind != "conv" or _is_depthwise(first):
@@ -231,13 +267,11 @@ def _after_expansion(
             f"and groups {_conv(step).groups}"
         )
     depthwise_norm = _norm(cursor)
-    acting = cursor.peek()
-    activation = _activation(cursor)
-    if acting is not None and expand_activation not in (None, activation):
-        raise Mismatch(f"{acting.name}: expected {expand_activation} as after the expansion, got {activation}")
+    activation = _activation(cursor) if cursor.comes("act") else "linear"
     squeeze_excitation = _squeeze_excitation(cursor) if cursor.comes("pool") else None
     project = _pointwise(cursor, "the 1x1 convolution that projects")
     project_norm = _norm(cursor)
+    project_activation = _activation(cursor) if cursor.comes("act") else "linear"
     residual = cursor.comes("add")
     if residual:
         cursor.take(("add",), "the sum with the block's input", start)
@@ -249,9 +283,11 @@ def _after_expansion(
         project,
         project_norm,
         stride,
-        activation,
+        activation if expand_activation is None else expand_activation,
         residual,
         squeeze_excitation,
+        None if expand_activation in (None, activation) else activation,
+        project_activation,
     )
 
 

@@ -111,11 +111,11 @@ class _Node:
             y = act(self._batch_norm("expand", y))
         taps = self._rows("depthwise_weight", kernel * kernel, hidden).t().reshape(hidden, 1, kernel, kernel)
         y = F.conv2d(y, taps, stride=row["stride"], padding=kernel // 2, groups=hidden)
-        y = act(self._batch_norm("depthwise", y))
+        y = _ACTIVATIONS[row["depthwise_activation"]](self._batch_norm("depthwise", y))
         if row["se_channels"] > 0:
             y = y * self._gates(y, hidden, row["se_channels"])
         y = F.conv2d(y, self._pointwise("project_weight", hidden, row["out_channels"]))
-        y = self._batch_norm("project", y)
+        y = _ACTIVATIONS[row["project_activation"]](self._batch_norm("project", y))
         return x + y if row["residual"] else y
 
     def _gates(self, y: Tensor, hidden: int, squeezed: int) -> Tensor:

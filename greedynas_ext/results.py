@@ -14,7 +14,7 @@ from greedynas_ext.arguments import Chain
 from greedynas_ext.fused import FusedEngine
 from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
-from greedynas_ext.runner import StageProfile
+from greedynas_ext.profile import StageProfile
 
 
 @dataclass(frozen=True)

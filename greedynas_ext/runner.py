@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
-from greedynas_ext.fused_operation import FusedOperation
+from greedynas_ext.fused_operation import Fused, hands_on
 from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
 from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
-
-
-@dataclass(frozen=True)
-class StageProfile:
-    """What one stage ("stem", "layer 0", ..., "head", "loss") took, summed over batches.
-
-    Attributes:
-        seconds: wall time; on a GPU the device is synchronised around each operation for it.
-        calls: operations run.
-        macs: multiply-accumulates of convolutions, linear layers and matrix products.
-        bytes: of the outputs that the stage's operations returned.
-    """
-
-    stage: str
-    seconds: float
-    calls: int
-    macs: int
-    bytes: int
-
-
-class Profile:
-    """Adds up `StageProfile`s in order of first appearance; does nothing unless `enabled`."""
-
-    def __init__(self, enabled: bool, device: torch.device) -> None:
-        self.enabled = enabled
-        self._device = device
-        self._totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])
-
-    def now(self) -> float:
-        """Seconds on a monotonic clock, the device's work done."""
-        if self.enabled and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def add(self, stage: str, since: float, macs: int, output_bytes: int) -> None:
-        """One operation of `stage` has run since the time `since`."""
-        if self.enabled:
-            for slot, value in enumerate((self.now() - since, 1, macs, output_bytes)):
-                self._totals[stage][slot] += value
-
-    def stages(self) -> tuple[StageProfile, ...]:
-        """The sums so far: stem, layers, head, loss."""
-        return tuple(
-            StageProfile(stage, seconds, int(calls), int(macs), int(size))
-            for stage, (seconds, calls, macs, size) in self._totals.items()
-        )
+from greedynas_ext.profile import Profile
 
 
 class _Readers:
@@ -110,7 +62,7 @@ class Runner:
             if tensor is not None
         }
         # per image, of the batch that ran last
-        self.stem_macs = 0
+        self.stem_macs = self.macs_fused = 0
         self.node_macs = [0] * len(trie.nodes)
         self.head_macs: dict[int, int] = {}
 
@@ -128,6 +80,7 @@ class Runner:
         `safe_point` is called before each operation and may raise.
         """
         count = len(images)
+        self.macs_fused = 0
         readers = _Readers()
         readers.add(images)  # the caller's
         with self._interceptor:
@@ -160,7 +113,7 @@ class Runner:
                     self._chain.stage(node.layer),
                     ("node", number),
                     operation,
-                    source if alone or only_reads(operation) else source.clone(),
+                    self._given(operation, source, alone),
                     normalisation,
                     self._place(number),
                 )
@@ -174,8 +127,7 @@ class Runner:
                     readers.add(output)
                     del output
                     continue
-                if readers.of(output) and not only_reads(self._chain.head):
-                    output = output.clone()
+                output = self._given(self._chain.head, output, not readers.of(output))
                 logits, macs = self._call(
                     "head", ("head", number), self._chain.head, output, normalisation, "supernet.head"
                 )
@@ -189,6 +141,18 @@ class Runner:
                 # Logits are kept for a while, so they are not left in a tensor that others write to.
                 on_logits(number, logits.clone() if readers.of(logits) else logits)
                 del logits
+
+    def _given(self, operation: Operation, source: Tensor, alone: bool) -> Tensor:
+        """What an operation is given to read: `source`, or a copy where it may write to that and is not `alone`.
+
+        Fused operations give maps whose channels are the fastest dimension. A module that was written for others may
+        take views that are none of such a map.
+        """
+        if self._chain.partly_fused and not isinstance(operation, Fused) and not hands_on(operation):
+            laid_out = source.contiguous()
+            if laid_out is not source:
+                return laid_out
+        return source if alone or only_reads(operation) else source.clone()
 
     def _place(self, number: int) -> str:
         if number == STEM:
@@ -206,7 +170,8 @@ class Runner:
         place: str,
     ) -> tuple[Tensor, int]:
         interceptor = self._interceptor
-        interceptor.normalisation, interceptor.place, interceptor.macs = normalisation, place, 0
+        interceptor.normalisation, interceptor.place = normalisation, place
+        interceptor.macs = interceptor.macs_fused = 0
         interceptor.statistics = list(self._captured[key]) if normalisation == "constants" else []
         since = self._profile.now()
         with record_function(f"greedynas: {place}"):
@@ -217,6 +182,7 @@ class Runner:
             self._captured[key] = interceptor.statistics
         elif normalisation == "constants" and interceptor.statistics:
             raise RuntimeError(f"{place} normalised less often than it did on the calibration images")
+        self.macs_fused += interceptor.macs_fused // len(source)
         self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size())
         return output, interceptor.macs
 
@@ -244,7 +210,7 @@ def call(operation: Operation, source: Tensor, place: str) -> Tensor:
 
 def only_reads(operation: Operation) -> bool:
     """Whether an operation surely leaves its input alone: then it needs no copy of it."""
-    if isinstance(operation, FusedOperation):
+    if isinstance(operation, Fused):
         return True
     if not isinstance(operation, nn.Module) or "forward" in operation.__dict__:
         return False
@@ -255,13 +221,7 @@ def only_reads(operation: Operation) -> bool:
         for inner in operation:
             if not only_reads(inner):
                 return False
-            if not _hands_on(inner):
+            if not hands_on(inner):
                 return True
         return True
     return type(operation) in (nn.Conv2d, nn.Identity)
-
-
-def _hands_on(operation: nn.Module) -> bool:
-    if type(operation) is nn.Sequential:
-        return all(map(_hands_on, operation))
-    return type(operation) is nn.Identity

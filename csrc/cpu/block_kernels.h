@@ -166,6 +166,8 @@ struct FinishMap {
   int64_t activation;
   const T* residual;        // or null
   const Compute<T>* pilot;  // [row_channels(channels)], near the mean; null: no moments
+  // Elements from a pixel of the output to the next, without moments; 0: as in the other maps.
+  int64_t output_stride = 0;
 };
 
 // Mean over each image of activation(depthwise output * scale + shift). Unit: a slab.

@@ -68,8 +68,8 @@ class BlockRunner {
         memory_(workspace.channels, workspace.channel_bytes),
         parallel_for_(parallel_for) {}
 
-  // An operation that is no identity. Without `known` statistics those of the batch, kept in `used` unless
-  // that is null.
+  // An operation that is neither an identity nor a dense convolution. Without `known` statistics those of the
+  // batch, kept in `used` unless that is null.
   void run(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
            const Map<T>& in, const Map<T>& out) {
     if (op.source.kind == kConvBn) {
@@ -87,6 +87,16 @@ class BlockRunner {
     }
   }
 
+  // A dense convolution of `images`, which need not lie as maps do.
+  void patches(const PackedOperation<T>& op, const OperationStatistics<C>* known,
+               OperationStatistics<C>* used, const PatchInput<T>& images, const Map<T>& out) {
+    const Affine<C> pending =
+        convolution(op, known, used, out, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
+          k_.patches(images, to, begin, end);
+        });
+    if (!known) finish(out, &pending, op.source.activation, nullptr);
+  }
+
   // Those of a pointwise convolution of a map.
   Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) {
     const int64_t stride = row_channels<T>(channels), depth = in.shape.channels;
@@ -101,11 +111,16 @@ class BlockRunner {
     return result;
   }
 
-  // map = activation(map * scale + shift) + residual, and its moments where it has place for them.
+  // map = activation(map * scale + shift) + residual, maybe elsewhere, and its moments where it has place for
+  // them.
   void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) {
     const int64_t pixels = images_ * map.shape.pixels();
     FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
                    activation, residual, nullptr};
+    if (map.finished) {
+      f.output = map.finished;
+      f.output_stride = map.finished_stride;
+    }
     if (affine) {
       f.scale = affine->scale.data();
       f.shift = affine->shift.data();
@@ -201,7 +216,7 @@ class BlockRunner {
     const Affine<C> after = affine(op, kProjectBn, used,
                                    join_partials<C>(e.partials, cut.slabs * blocks, block_pixels,
                                                     row_channels<T>(o.out_channels), memory_, parallel_for_));
-    finish(out, &after, kLinear, o.residual ? in.data : nullptr);
+    finish(out, &after, o.project_activation, o.residual ? in.data : nullptr);
   }
 
   // An inverted bottleneck whose statistics are known: slab by slab, and nothing but the output is stored.
@@ -241,7 +256,7 @@ class BlockRunner {
                                     out.data,
                                     after.scale.data(),
                                     after.shift.data(),
-                                    kLinear,
+                                    o.project_activation,
                                     o.residual ? in.data : nullptr,
                                     nullptr,
                                     project_factor(op)};
@@ -313,7 +328,7 @@ class BlockRunner {
             image_pixels,
             middle.scale.data(),
             middle.shift.data(),
-            op.source.activation,
+            op.source.depthwise_activation,
             nullptr,
             from.half_depthwise != nullptr,
             middle.factor.empty() ? nullptr : middle.factor.data()};

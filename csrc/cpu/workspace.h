@@ -26,6 +26,10 @@ struct Map {
   T* data = nullptr;  // with kSlackRows behind it where anything reads it
   Shape shape{};
   MapMoments<Compute<T>> moments{};  // null where nobody asks for them
+  // Where a map without moments is finished that is not to be finished in place, and elements from one pixel
+  // to the next there.
+  T* finished = nullptr;
+  int64_t finished_stride = 0;
 };
 
 template <typename T>

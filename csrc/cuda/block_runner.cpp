@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kGroupBytes = int64_t{256} << 20;
 
 int activation_after(const OperationSource& o, int stage) {
-  return stage == kProjectBn && o.kind == kInvertedBottleneck ? int{kLinear} : int_of(o.activation);
+  if (o.kind == kConvBn || stage == kExpandBn) return int_of(o.activation);
+  return int_of(stage == kDepthwiseBn ? o.depthwise_activation : o.project_activation);
 }
 
 // Its sizes, without addresses.
@@ -35,8 +36,10 @@ Shape Shape::after(const OperationSource& op) const {
 }
 
 void AlikeGroups::add(int32_t node, const OperationSource& op, int64_t bytes) {
-  const auto [place, fresh] = open_.try_emplace(
-      Key{op.kind, op.kernel, op.stride, op.activation, op.se_channels > 0}, Open{groups_.size(), 0});
+  const auto [place, fresh] =
+      open_.try_emplace(Key{op.kind, op.kernel, op.stride, op.activation, op.depthwise_activation,
+                            op.project_activation, op.se_channels > 0},
+                        Open{groups_.size(), 0});
   Open& open = place->second;
   if (!fresh && (open.bytes + bytes > kGroupBytes || groups_[open.group].size() == std::size_t{kMaxNodes})) {
     open = {groups_.size(), 0};
@@ -192,7 +195,7 @@ void BlockRunner<T>::run_bottlenecks(const std::vector<Work>& group) const {
     p.pixels = pixels(w.out);
     p.image_pixels = int_of(w.out.shape.pixels());
     p.hidden_channels = int_of(o.hidden_channels);
-    p.activation = int_of(o.activation);
+    p.activation = int_of(o.depthwise_activation);
     projections.push_back(p);
   }
   launch_groups(projections, project, stream_);
@@ -211,7 +214,7 @@ void BlockRunner<T>::run_squeeze_excite(const std::vector<Work>& group) const {
     float *pooled = at<float>(w.space.pooled), *middle = at<float>(w.space.squeezed);
     squeezes.push_back({at<StoredOf<T>>(w.space.depthwise), affine(w, kDepthwiseBn),
                         w.op->norms[kDepthwiseBn].factor, pooled, images, int_of(w.out.shape.pixels()),
-                        hidden, int_of(o.activation)});
+                        hidden, int_of(o.depthwise_activation)});
     reduce.push_back({pooled, w.op->se_reduce, static_cast<const float*>(o.se_reduce_bias), middle, images,
                       row, row, squeezed, squeezed_row, kLinearRelu});
     excite.push_back({middle, w.op->se_expand, static_cast<const float*>(o.se_expand_bias),

@@ -68,7 +68,7 @@ class AlikeGroups {
   const std::vector<std::vector<int32_t>>& groups() const { return groups_; }
 
  private:
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
   struct Open {
     std::size_t group;
     int64_t bytes;

@@ -292,6 +292,7 @@ def test_recognised_operations_run_fused_beside_others(
         return mixed_op(*arguments)
 
     monkeypatch.setattr(ops, "mixed_op", counted)
+    monkeypatch.setattr(ops_cuda, "available", lambda x: True)
     net: Any = make_net("e3k3 e6k5s id", "hswish")
     net.choices[1][0] = Odd(net.choices[1][0])
     images, targets = draw(6)

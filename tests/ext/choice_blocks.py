@@ -41,6 +41,8 @@ class Spec:
     se: int = 0
     gate: str = "hsigmoid"
     eps: float = 1e-5
+    depthwise_activation: str | None = None  # None: the same
+    project_activation: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,19 @@ class Bottleneck(nn.Module):
         self.project = nn.Conv2d(hidden, out, 1, bias=False)
         self.project_bn = nn.BatchNorm2d(out, eps=3 * spec.eps)
         self.activation, self.gate = MODULES[spec.activation](), MODULES[spec.gate]()
+        self.depthwise_activation = MODULES[spec.depthwise_activation or spec.activation]()
+        self.project_activation = MODULES[spec.project_activation]()
         self.residual = stride == 1 and into == out
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         if self.expand is not None and self.expand_bn is not None:
             y = self.activation(self.expand_bn(self.expand(y)))
-        y = self.activation(self.depthwise_bn(self.depthwise(y)))
+        y = self.depthwise_activation(self.depthwise_bn(self.depthwise(y)))
         if self.squeeze is not None and self.excite is not None:
             z = torch.relu(self.squeeze(torch.nn.functional.adaptive_avg_pool2d(y, 1)))
             y = y * self.gate(self.excite(z))
-        y = self.project_bn(self.project(y))
+        y = self.project_activation(self.project_bn(self.project(y)))
         return x + y if self.residual else y
 
 
@@ -139,6 +143,8 @@ def describe(module: nn.Module, channels: int) -> OperationWeights:
         activation=module.spec.activation,
         residual=module.residual,
         squeeze_excitation=se,
+        depthwise_activation=module.spec.depthwise_activation,
+        project_activation=module.spec.project_activation,
     )
 
 

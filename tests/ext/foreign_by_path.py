@@ -54,11 +54,19 @@ class ShuffleUnit(nn.Module):
             self.branch_proj = nn.Sequential(*depthwise(inp, stride), *pointwise(inp, inp))
 
     def forward(self, old_x: Tensor) -> Tensor:
-        if self.branch_proj is None:
-            b, c, h, w = old_x.size()
-            x = old_x.reshape(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)
-            return torch.cat((x[0], self.branch_main(x[1])), 1)
-        return torch.cat((self.branch_proj(old_x), self.branch_main(old_x)), 1)
+        if self.stride == 1:
+            x_proj, x = self.channel_shuffle(old_x)
+            return torch.cat((x_proj, self.branch_main(x)), 1)
+        x_proj = x = old_x
+        return torch.cat((self.branch_proj(x_proj), self.branch_main(x)), 1)
+
+    def channel_shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batchsize, channels, height, width = x.data.size()
+        assert channels % 4 == 0
+        x = x.reshape(batchsize * channels // 2, 2, height * width)
+        x = x.permute(1, 0, 2)
+        x = x.reshape(2, -1, channels // 2, height, width)
+        return x[0], x[1]
 
 
 class ShuffleOneShot(nn.Module):
@@ -90,6 +98,77 @@ class ShuffleOneShot(nn.Module):
         x = self.dropout(x)
         x = x.contiguous().view(-1, 32)
         return self.classifier(x)
+
+
+# Units that split first and shuffle last, behind a pooling; a candidate of other making among them ------------------
+
+
+def shuffled(x: Tensor, groups: int) -> Tensor:
+    batchsize, channels, height, width = x.size()
+    x = x.view(batchsize, groups, channels // groups, height, width)
+    x = torch.transpose(x, 1, 2).contiguous()
+    return x.view(batchsize, channels, height, width)
+
+
+class SplitUnit(nn.Module):
+    def __init__(self, inp: int, oup: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        features = oup // 2
+        self.branch1 = nn.Sequential()
+        if stride > 1:
+            self.branch1 = nn.Sequential(
+                nn.Conv2d(inp, inp, kernel, stride, kernel // 2, groups=inp, bias=False),
+                nn.BatchNorm2d(inp),
+                nn.Conv2d(inp, features, 1, bias=False),
+                nn.BatchNorm2d(features),
+                nn.ReLU(inplace=True),
+            )
+        self.branch2 = nn.Sequential(
+            nn.Conv2d(inp if stride > 1 else features, features, 1, bias=False),
+            nn.BatchNorm2d(features),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(features, features, kernel, stride, kernel // 2, groups=features, bias=False),
+            nn.BatchNorm2d(features),
+            nn.Conv2d(features, features, 1, bias=False),
+            nn.BatchNorm2d(features),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            x1, x2 = x.chunk(2, dim=1)
+            out = torch.cat((x1, self.branch2(x2)), dim=1)
+        else:
+            out = torch.cat((self.branch1(x), self.branch2(x)), dim=1)
+        return shuffled(out, 2)
+
+
+class SplitNet(nn.Module):
+    """Features of 3x3 (of images of 20x20) are flattened by view; a layer may pool or convolve instead."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.stages = nn.ModuleDict()
+        inp = 8
+        for number, (oup, stride) in enumerate(((20, 2), (20, 1), (20, 1))):
+            units: dict[str, nn.Module] = {f"unit{k}": SplitUnit(inp, oup, k, stride) for k in (3, 5)}
+            if number == 1:
+                units["conv"] = nn.Sequential(nn.Conv2d(20, 20, 3, 1, 1), nn.BatchNorm2d(20), nn.SiLU())
+                units["pool"] = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+            self.stages[f"stage{number}"] = nn.ModuleDict(units)
+            inp = oup
+        self.fixed = SplitUnit(20, 20, 3, 1)
+        self.fc = nn.Linear(180, classes)
+
+    def forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        x = self.maxpool(self.conv1(x))
+        for number, name in enumerate(names):
+            x = self.stages[f"stage{number}"][name](x)
+        x = self.fixed(x)
+        return self.fc(x.view(x.size(0), -1))
 
 
 # FairNAS: inverted residuals by index, a separable convolution before them ------------------------------------------

@@ -24,7 +24,7 @@ from foreign_by_attribute import (
     set_mixed_edges,
     set_mutables,
 )
-from foreign_by_path import FairNet, KeyedNet, ScarletNet, ShuffleOneShot
+from foreign_by_path import FairNet, KeyedNet, ScarletNet, ShuffleOneShot, SplitNet
 from supernets import randomise
 from torch import Tensor, nn
 
@@ -52,6 +52,11 @@ def after(switch: Callable[[nn.Module, Sequence[int]], None]) -> Callable[[Any, 
     return run
 
 
+def by_names(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
+    stages = net.stages.values()
+    return net(images, [list(stage)[op] for stage, op in zip(stages, path, strict=True)])
+
+
 def by_keys(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
     return net(images, [list(block.ops)[op] for block, op in zip(net.blocks, path, strict=True)])[0]
 
@@ -62,7 +67,8 @@ def elastic(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
 
 
 FOREIGN: dict[str, Foreign] = {
-    "spos": Foreign(ShuffleOneShot, (4, 4, 4, 4), by_argument, 0.0),
+    "spos": Foreign(ShuffleOneShot, (4, 4, 4, 4), by_argument, 0.95),
+    "split units": Foreign(SplitNet, (2, 4, 2), by_names, 0.95),
     "fairnas": Foreign(FairNet, (6, 6, 6), by_argument, 0.95),
     "fairnas, biases": Foreign(lambda: FairNet(bias=True), (6, 6, 6), by_argument, 0.95),
     "scarlet": Foreign(ScarletNet, (2, 3, 2, 3), by_argument, 0.95),

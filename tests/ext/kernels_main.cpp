@@ -1,7 +1,7 @@
 // Compares every kernel of every instruction set that this machine has with plain loops (kernel_cases_*.h),
-// on random values rounded to the type in which they are stored, and whole chains with themselves
-// (kernel_chain.h). Built plainly and with sanitizers by test_kernels.py. --quick: fewer shapes; --chains:
-// nothing but the chains.
+// on random values rounded to the type in which they are stored, and whole chains (kernel_chain.h) and units
+// (kernel_unit.h) with themselves. Built plainly and with sanitizers by test_kernels.py. --quick: fewer
+// shapes; --chains: nothing but the chains and units.
 #include <string_view>
 
 #include "cpu/capability.h"
@@ -12,6 +12,7 @@
 #include "kernel_cases_pointwise.h"
 #include "kernel_cases_project.h"
 #include "kernel_chain.h"
+#include "kernel_unit.h"
 
 namespace {
 
@@ -264,6 +265,7 @@ int main(int argc, char** argv) {
     if (machine_capability() == kAmx) all_cases<TiledBFloat16>(tiled_kernels(), quick);
   }
   chain_cases();
+  unit_cases();
   std::puts("all as expected");
   return 0;
 }

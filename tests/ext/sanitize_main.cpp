@@ -61,7 +61,8 @@ struct Packer {
   }
 
   ChoiceOperation inverted_bottleneck(int64_t in, int64_t hidden, int64_t out, int64_t kernel, int64_t stride,
-                                      Activation activation, int64_t se, Gate gate) {
+                                      Activation activation, Activation depthwise, Activation project,
+                                      int64_t se, Gate gate) {
     const bool expand = hidden != in;
     statistics = 0;
     ChoiceOperation o{kInvertedBottleneck,
@@ -71,6 +72,8 @@ struct Packer {
                       kernel,
                       stride,
                       activation,
+                      depthwise,
+                      project,
                       se,
                       gate,
                       stride == 1 && in == out,
@@ -108,8 +111,9 @@ struct Packer {
   }
 
   ChoiceOperation conv_bn(int64_t in, int64_t out, int64_t stride, Activation activation) {
-    ChoiceOperation o{kConvBn, in,    0,     out,   1,     stride, activation, 0,     0, 0, kNone, kNone,
-                      kNone,   kNone, kNone, kNone, kNone, kNone,  kNone,      kNone, 0, 0, 0};
+    ChoiceOperation o{kConvBn, in,    0,     out,   1,     stride, activation, kLinear, kLinear,
+                      0,       0,     0,     kNone, kNone, kNone,  kNone,      kNone,   kNone,
+                      kNone,   kNone, kNone, kNone, 0,     0,      0};
     o.project_weight = rows(in, out);
     o.project_bn = rows(2, out);
     return o;
@@ -217,10 +221,10 @@ struct Plain {
       batch_norm(y, o.hidden_channels, o.expand_bn, eps[0], o.activation);
     }
     y = depthwise(y);
-    batch_norm(y, o.hidden_channels, o.depthwise_bn, eps[1], o.activation);
+    batch_norm(y, o.hidden_channels, o.depthwise_bn, eps[1], o.depthwise_activation);
     if (o.se_channels > 0) squeeze_excite(y);
     y = pointwise(y, o.hidden_channels, o.project_weight, o.out_channels);
-    batch_norm(y, o.out_channels, o.project_bn, eps[2], kLinear);
+    batch_norm(y, o.out_channels, o.project_bn, eps[2], o.project_activation);
     if (o.residual)
       for (std::size_t i = 0; i < y.size(); ++i) y[i] += x[i];
     return y;
@@ -232,9 +236,9 @@ void mixed_op_case(int64_t images, int64_t height, int64_t width, int64_t in, in
                    double tolerance) {
   Packer<T> packer;
   const std::vector<ChoiceOperation> operations{
-      packer.inverted_bottleneck(in, 3 * in, out, 3, stride, kRelu6, 0, kHsigmoid),
-      packer.inverted_bottleneck(in, 2 * in + 1, out, 5, stride, kHswish, 5, kHsigmoid),
-      packer.inverted_bottleneck(in, in, out, 7, stride, kSilu, 1, kSigmoid),
+      packer.inverted_bottleneck(in, 3 * in, out, 3, stride, kRelu6, kRelu6, kLinear, 0, kHsigmoid),
+      packer.inverted_bottleneck(in, 2 * in + 1, out, 5, stride, kHswish, kLinear, kRelu, 5, kHsigmoid),
+      packer.inverted_bottleneck(in, in, out, 7, stride, kLinear, kSilu, kHswish, 1, kSigmoid),
       packer.conv_bn(in, out, stride, kRelu),
   };
   const std::vector<std::array<double, 3>> eps(4, {1e-5, 1e-3, 1e-5});

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from greedynas import Supernet, get_space
 from greedynas.layers import Layer, Operation
 from greedynas.spaces import Space
-from greedynas_ext import PathEvaluation, evaluate_paths
+from greedynas_ext import PathEvaluation, evaluate_paths, fused_cuda
+from greedynas_ext.arguments import Chain
+from greedynas_ext.fused_chain import FusedChain
+from greedynas_ext.plan import Trie
 
 POLICIES = ("batch", "running", "recalibrated")
 # The kernels add in another order. float64 rounds at 1e-16, and 60 convolutions, each normalised by statistics of its
@@ -162,6 +166,48 @@ def test_activations(activation: str, bn: str, dtype: torch.dtype) -> None:
     images, targets = draw_images(4, 33, dtype=dtype)
     tolerance = FP64 if dtype == torch.float64 else FP32
     compare(net, covering_paths(net, 4), images, targets, bn=bn, tolerance=tolerance)
+
+
+def staged(into: int, out: int, stride: int, activations: Sequence[type[nn.Module]]) -> nn.Module:
+    """An inverted bottleneck with an activation, or nn.Identity, for each stage."""
+    hidden = 2 * into
+    return nn.Sequential(
+        *(nn.Conv2d(into, hidden, 1, bias=False), nn.BatchNorm2d(hidden), activations[0]()),
+        *(nn.Conv2d(hidden, hidden, 5, stride, 2, groups=hidden), nn.BatchNorm2d(hidden), activations[1]()),
+        *(nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out), activations[2]()),
+    )
+
+
+@pytest.mark.parametrize("bn", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_activations_that_differ_between_stages(bn: str, dtype: torch.dtype) -> None:
+    net = small_supernet(dtype)
+    stages = [(nn.ReLU, nn.Identity, nn.ReLU), (nn.SiLU, nn.ReLU6, nn.Identity), (nn.ReLU6, nn.Identity, nn.Hardswish)]
+    net.choices = nn.ModuleList(
+        nn.ModuleList(staged(layer.in_channels, layer.out_channels, layer.stride, each) for each in stages)
+        for layer in net.space.layers
+    )
+    randomise(net, 5)
+    net.to(dtype)
+    paths = torch.tensor([[(row + layer) % 3 for layer in range(len(net.choices))] for row in range(3)])
+    images, targets = draw_images(4, 33, dtype=dtype)
+    compare(net, paths, images, targets, bn=bn, tolerance=FP64 if dtype == torch.float64 else FP32)
+
+
+def test_activations_that_differ_are_refused_by_the_cuda_kernels() -> None:
+    net = small_supernet(torch.float32)
+    net.choices[0][0] = staged(*_sizes(net, 0), (nn.ReLU, nn.Identity, nn.ReLU))
+    trie = Trie(torch.zeros(1, len(net.choices), dtype=torch.int64))
+    described = FusedChain.of(Chain.of(net), trie, torch.device("cpu"))
+    assert isinstance(described, FusedChain), described
+    reason = fused_cuda.unsupported(described, torch.device("cuda"), "fp32")
+    assert reason is not None
+    assert reason.startswith("supernet.choices[0][0]: relu, linear and relu in one block")
+
+
+def _sizes(net: Supernet, layer: int) -> tuple[int, int, int]:
+    shape = net.space.layers[layer]
+    return shape.in_channels, shape.out_channels, shape.stride
 
 
 def test_all_paths_of_a_small_space() -> None:

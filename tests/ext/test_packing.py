@@ -111,7 +111,7 @@ class TestLayout:
         )
         block = pack_choice_block([operation])
         row, weights = block.operation(0), block.weights
-        assert {field: row[field] for field in FIELDS[:10]} == {
+        assert {field: row[field] for field in FIELDS[:12]} == {
             "kind": 2,
             "in_channels": 4,
             "hidden_channels": 12,
@@ -119,6 +119,8 @@ class TestLayout:
             "kernel": 3,
             "stride": 2,
             "activation": 1,
+            "depthwise_activation": 1,
+            "project_activation": 0,
             "se_channels": 3,
             "se_gate": 0,
             "residual": 0,
@@ -145,8 +147,8 @@ class TestLayout:
         row = block.operation(0)
         assert (block.num_operations, block.in_channels, block.out_channels, block.stride) == (2, 4, 6, 2)
         assert (row["kind"], row["kernel"], row["activation"]) == (1, 1, 0)
-        absent = [name for name in FIELDS[10:] if row[name] == -1]
-        assert set(FIELDS[10:]) - set(absent) == {"project_weight", "project_bn", "project_statistics"}
+        absent = [name for name in FIELDS[12:] if row[name] == -1]
+        assert set(FIELDS[12:]) - set(absent) == {"project_weight", "project_bn", "project_statistics"}
         assert block.bn_eps[:3] == (0.0, 0.0, 1e-5)
 
     def test_sections_do_not_overlap(self):

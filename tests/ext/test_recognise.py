@@ -24,6 +24,7 @@ from greedynas_ext.recognise import (
     recognise_operation,
     recognise_stem,
 )
+from greedynas_ext.unit import UnitWeights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x,
@@ -54,7 +55,7 @@ def computed(weights: Any, x: Tensor) -> Tensor:
         assert x.shape[1] == weights.channels
         return x
     if isinstance(weights, ConvBNWeights):
-        y = F.conv2d(x, weights.weight, stride=weights.stride)
+        y = F.conv2d(x, weights.weight, stride=weights.stride, padding=weights.weight.shape[2] // 2)
         return ACTIVATIONS[weights.activation](normalised(y, weights.bn))
     if isinstance(weights, StemWeights):
         y = F.conv2d(x, weights.conv, stride=weights.stride, padding=weights.conv.shape[2] // 2)
@@ -65,20 +66,28 @@ def computed(weights: Any, x: Tensor) -> Tensor:
     if isinstance(weights, HeadWeights):
         y = ACTIVATIONS[weights.activation](normalised(F.conv2d(x, weights.conv), weights.bn))
         return dense(y.mean((2, 3)), weights.weight, weights.bias)
+    if isinstance(weights, UnitWeights):
+        parts = {}
+        for branch in weights.branches:
+            y = x[:, list(branch.reads)]
+            for operation in branch.operations:
+                y = computed(operation, y)
+            parts.update(zip(branch.writes, y.unbind(1), strict=True))
+        return torch.stack([parts[channel] for channel in range(weights.out_channels)], 1)
     assert isinstance(weights, InvertedBottleneckWeights), weights
-    act, y = ACTIVATIONS[weights.activation], x
+    (act, middle, last), y = (ACTIVATIONS[name] for name in weights.activations), x
     if weights.expand is not None:
         assert weights.expand_bn is not None
         y = act(normalised(F.conv2d(y, weights.expand), weights.expand_bn))
     hidden, kernel = weights.depthwise.shape[0], weights.depthwise.shape[2]
     y = F.conv2d(y, weights.depthwise, stride=weights.stride, padding=kernel // 2, groups=hidden)
-    y = act(normalised(y, weights.depthwise_bn))
+    y = middle(normalised(y, weights.depthwise_bn))
     se = weights.squeeze_excitation
     if se is not None:
         gate = dense(y.mean((2, 3)), se.reduce_weight, se.reduce_bias).clamp(min=0)
         gate = ACTIVATIONS[se.gate](dense(gate, se.expand_weight, se.expand_bias))
         y = y * gate[:, :, None, None]
-    y = normalised(F.conv2d(y, weights.project), weights.project_bn)
+    y = last(normalised(F.conv2d(y, weights.project), weights.project_bn))
     return x + y if weights.residual else y
 
 

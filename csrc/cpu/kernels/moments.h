@@ -11,6 +11,7 @@ INLINE void finish_pixels(const FinishMap<T>& f, int64_t first, int64_t count, C
   using C = Compute<T>;
   constexpr int kLanesEach = kVectorLanes<C>;
   const int64_t stride = row_channels<T>(f.channels);
+  const int64_t output_stride = f.output_stride ? f.output_stride : stride;
   for (int64_t c = 0; c < stride; c += kLanesEach) {
     Vec<C> scale{}, shift{}, pilot{}, sum{};
     if (f.scale) {
@@ -24,8 +25,9 @@ INLINE void finish_pixels(const FinishMap<T>& f, int64_t first, int64_t count, C
       if (f.scale) {
         x = activate<kActivation, C>(x * scale + shift);
         if (f.residual) x += load_values<T>(f.residual + place);
-        store_values<T>(f.output + place, x);
-        if constexpr (sizeof(T) < sizeof(C)) x = load_values<T>(f.output + place);  // as consumers read it
+        T* output = f.output + (first + p) * output_stride + c;
+        store_values<T>(output, x);
+        if constexpr (sizeof(T) < sizeof(C)) x = load_values<T>(output);  // as consumers read it
       }
       if (centred) {
         const Vec<C> distance = x - pilot;
