@@ -69,7 +69,7 @@ def test_every_odd_operation(bn: str, traversal: str) -> None:
 
 @pytest.mark.parametrize("bn", POLICIES)
 @pytest.mark.parametrize("traversal", TRAVERSALS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chain_of_odd_operations(bn: str, traversal: str, data: st.DataObject) -> None:
     names = st.sampled_from(sorted(OPERATIONS))

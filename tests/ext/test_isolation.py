@@ -371,6 +371,7 @@ def all_paths(net: Chain) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(len(layer)) for layer in net.choices])
 
 
+@pytest.mark.alone
 @pytest.mark.no_cover  # its tracer takes a lock in Python, and an interrupt that lands there leaves it locked
 @pytest.mark.parametrize("bn", ["batch", "recalibrated"])
 def test_real_interrupts_at_many_moments(bn: str) -> None:

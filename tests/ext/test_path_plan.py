@@ -36,7 +36,7 @@ def prefix_of(nodes: list[list[int]], node: int) -> tuple[int, ...]:
 
 
 @given(path_sets())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nodes_are_the_unique_prefixes(paths: np.ndarray) -> None:
     plan = PathPlan(paths)
     nodes = plan.nodes.tolist()
@@ -51,7 +51,7 @@ def test_nodes_are_the_unique_prefixes(paths: np.ndarray) -> None:
 
 
 @given(path_sets())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_node_runs_once_after_its_parent_which_is_freed_at_its_last_use(paths: np.ndarray) -> None:
     plan = PathPlan(paths)
     nodes = plan.nodes.tolist()
@@ -75,7 +75,7 @@ def test_each_node_runs_once_after_its_parent_which_is_freed_at_its_last_use(pat
 
 
 @given(path_sets(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_peak_bytes(paths: np.ndarray, data: st.DataObject) -> None:
     """Simulated with a set of what is alive, which knows nothing of `frees_parent`."""
     plan = PathPlan(paths)
@@ -145,7 +145,7 @@ def test_peak_bytes_wants_a_size_for_the_stem_and_each_layer() -> None:
 
 
 @given(path_sets(), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_macs_computed_and_saved(paths: np.ndarray, data: st.DataObject) -> None:
     trie = Trie(torch.from_numpy(paths))
     costs = data.draw(st.lists(st.integers(0, 9), min_size=len(trie.nodes), max_size=len(trie.nodes)))

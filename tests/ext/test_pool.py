@@ -55,7 +55,7 @@ paths = st.tuples(st.integers(0, 2), st.integers(0, 3))
 losses = st.sampled_from([0.0, -0.0, 0.5, 1.0, 1.0000000000000002, math.nan, math.inf, -math.inf]) | st.floats(-10, 10)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     capacity=st.integers(1, 8),
     budget=st.none() | st.integers(1, 6),
@@ -89,7 +89,7 @@ def test_the_pool_is_the_naive_pool(capacity, budget, evaluations, batch):
     assert repr(back.to_json()) == repr(pool.to_json())  # repr tells 0.0 from -0.0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(losses=st.lists(st.sampled_from([0.5, 1.0]), min_size=12, max_size=12), order=st.permutations(range(12)))
 def test_ties_do_not_depend_on_the_order_of_insertion(losses, order):
     pools = []

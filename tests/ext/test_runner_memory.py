@@ -133,7 +133,7 @@ def test_the_estimate_holds_in_every_precision(dtype: torch.dtype, precision: st
         assert peak <= needed + SLACK
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_chain_stays_within_max_memory(data: st.DataObject) -> None:
     names = st.sampled_from(sorted(set(OPERATIONS) - {"bn 1d", "bn without running statistics"}))

@@ -40,7 +40,7 @@ def product(*ranges):
 # --- uniform ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(num_choices=st.lists(st.integers(1, 20), min_size=1, max_size=25), m=st.integers(1, 40))
 def test_uniform_paths_have_the_right_shape_and_range(num_choices, m):
     paths = UniformSampler(num_choices).sample(m, generator())
@@ -205,7 +205,7 @@ def test_bad_draws_are_refused(m, generator, error, message):
 # --- fair ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(choices=st.integers(1, 13), layers=st.integers(1, 25), seed=st.integers(0, 2**31))
 def test_fair_draws_have_each_operation_of_each_layer_once(choices, layers, seed):
     paths = FairSampler([choices] * layers).sample(generator(seed))

@@ -18,7 +18,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=json_values, indent=st.sampled_from([None, 2]))
 def test_json_comes_back_as_it_was(tmp_path_factory, value, indent):
     path = tmp_path_factory.getbasetemp() / "value.json"
@@ -26,7 +26,7 @@ def test_json_comes_back_as_it_was(tmp_path_factory, value, indent):
     assert read_json(path) == value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(numbers=st.lists(finite))
 def test_json_floats_come_back_bit_for_bit(tmp_path_factory, numbers):
     path = tmp_path_factory.getbasetemp() / "floats.json"

@@ -32,7 +32,7 @@ def steps(log):
     return [record["step"] for record in log.read()]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(records=st.lists(st.dictionaries(st.text(), values), max_size=5))
 def test_records_come_back(tmp_path_factory, records):
     path = tmp_path_factory.getbasetemp() / "records.jsonl"

@@ -202,7 +202,7 @@ def test_an_empty_picture_is_found_out():
         decode(picture(lambda: new_figure(3.0))())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-10, 10) | st.just(math.nan), min_size=1, max_size=30), st.integers(0, 40))
 def test_smoothed_is_the_mean_of_as_many_neighbours_on_either_side(values, reach):
     out = pictures.smoothed(values, reach)

@@ -100,7 +100,7 @@ def test_a_space_is_a_value():
 
 
 @given(data=st.data(), name=st.sampled_from(NAMES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_encode_and_decode_are_inverse(data, name):
     space = get_space(name)
     names = data.draw(st.lists(st.sampled_from([op.name for op in space.operations]), min_size=space.num_layers,
