@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/kernels/*.h csrc/cpu/kernels/amx/*.h csrc/cuda/*)
 
-.PHONY: help setup demo test test-slow check format bench gpu-check emulate-report clean
+.PHONY: help setup demo test test-slow check format docs bench gpu-check emulate-report clean
 help:
 	@echo "make demo       GreedyNAS on real images, some minutes on 2 cores; says where the report is"
 	@echo "make test       the tests, with coverage"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy and clang-format"
+	@echo "make docs       the documentation site, in site/; warnings are errors"
 	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
 	@echo "make gpu-check  tests and times on this machine's GPU, in one file"
 	@echo "make emulate-report  what can be known of the CUDA kernels without a GPU; needs nvcc and nvdisasm"
@@ -52,6 +53,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp' 'bench/*.h' 'bench/*.cu')
 
+docs: $(VENV)/.dependencies
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: setup
 	$(BIN)/python bench/evaluate_paths.py --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
 
@@ -64,4 +68,4 @@ emulate-report: setup
 	$(BIN)/python bench/roofline.py
 
 clean:
-	rm -rf build dist *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built
+	rm -rf build dist site *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

@@ -4,7 +4,11 @@ They serve evaluation: none has a gradient formula. With an argument that requir
 calling `backward` on the result then raises NotImplementedError. Arguments are checked, on a CPU in C++, on a GPU those
 of `mixed_op` in the same words: a failed check is a ValueError that names the argument, what was expected and what
 came. Where the native library is missing, every function raises ImportError saying how to build it. The CPU kernels
-release the GIL, use torch's threads, and their results do not depend on the number of threads, bit for bit.
+release the GIL, use torch's threads, and their results do not depend on the number of threads, bit for bit; several
+threads may call at once.
+
+They compute in the dtypes of their arguments, whether autocast is on or not. `torch.compile` takes them into one graph,
+with symbolic sizes too; numbers beside tensors (`k`, the description of a block) are constants of it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
 
     What `torch.nn.functional.cross_entropy` computes, in nats, for each path; there is no `ignore_index`. Arithmetic
     is in float64 whatever the logits are. Infinite and NaN logits have the effect that they have there.
+
+    Cost: one exponential and about four additions for each of m·N·C logits, which are read once; m·N losses are
+    written. Working memory is one row of C doubles for each thread.
 
     Args:
         logits: float64, float32, bfloat16 or float16 [m, N, C] of any strides; N and C at least 1.
@@ -50,6 +57,8 @@ def select_top_k(losses: Tensor, k: int) -> Tensor:
     Infinity comes before NaN, NaN last; equal losses (0.0 and -0.0 too) stand in the order of their indices. That NaN
     or infinity was selected is for the caller to see.
 
+    Cost: about m·log2(k) comparisons; one index for each loss of working memory.
+
     Args:
         losses: float64 or float32 [m].
         k: in [0, m].
@@ -75,9 +84,16 @@ def mixed_op(
     as well: on calibration images they are what `recalibrated` evaluation wants, and the outputs beside them are the
     calibration input of the next layer. Given back as `statistics` they repeat the outputs bit for bit.
 
-    Working memory: the depthwise output [N, H', W', hidden channels] of the node that runs, or with given statistics
-    that of a few images for each thread; beside it one input and one output, channels padded to a multiple of 16. The
-    kernels are those of `evaluate_paths`.
+    Cost of an inverted bottleneck, in multiply-accumulates: N·H·W·C·hidden for the expansion, N·H'·W'·hidden·k² for the
+    depthwise convolution, N·H'·W'·hidden·C' for the projection, and for batch statistics N·H·W·C²/2 once for each
+    input. In elements moved: with batch statistics the input is read twice, the depthwise output [N, H', W', hidden]
+    written and read, the output written twice and read once; with given statistics the input is read and the output
+    written. The expanded map is never stored. Besides, inputs and outputs are copied once, from and to dense rows of
+    channels, and weights of the operations that nodes use are put into the kernels' order.
+
+    Working memory: the depthwise output of the node that runs, or with given statistics that of a few images for each
+    thread; beside it one input and one output, channels padded to a multiple of 16. The kernels are those of
+    `evaluate_paths`.
 
     On a GPU float32 is computed by kernels: nodes of like operations share launches, whose depthwise outputs take up to
     256 MB, or one node's if that is more; inputs and outputs are copied where their channels are no multiple of 8.

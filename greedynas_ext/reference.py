@@ -1,6 +1,7 @@
 """Each operation of `greedynas_ext.ops` in plain torch: what it means, and what the tests compare it with.
 
-Slower and with larger temporaries, but on any device and without the native library.
+Slower and with larger temporaries, but on any device and without the native library. Like the operations, these
+functions compute in the dtypes of their arguments, whether autocast is on or not.
 """
 
 from __future__ import annotations
@@ -81,9 +82,10 @@ def mixed_op(
     size = ((height - 1) // block.stride + 1, (width - 1) // block.stride + 1)
     outputs = inputs.new_empty(nodes, images, *size, block.out_channels)
     used = inputs.new_zeros(nodes, block.statistics_width)
-    for p, (source, op) in enumerate(zip(input_index.tolist(), op_index.tolist(), strict=True)):
-        node = _Node(block, op, None if statistics is None else statistics[p], used[p])
-        outputs[p] = node(inputs[source].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    with torch.autocast(inputs.device.type, enabled=False):  # its convolutions would be rounded
+        for p, (source, op) in enumerate(zip(input_index.tolist(), op_index.tolist(), strict=True)):
+            node = _Node(block, op, None if statistics is None else statistics[p], used[p])
+            outputs[p] = node(inputs[source].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return outputs, used
 
 
