@@ -19,8 +19,8 @@ _LONGEST = 12  # parts of a fixed block that is recognised
 
 
 def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> tuple[Chain, dict[str, tuple[Part, ...]]]:
-    """The chain that does what `found` says, for paths of the selection's columns, and `_Builder.inlined`."""
-    builder = _Builder(supernet)
+    """The chain that does what `found` says, for paths of the selection's columns, and `Builder.inlined`."""
+    builder = Builder(supernet)
     stem, fixed = builder.stem(found.before)
     choices: list[tuple[nn.Module, ...]] = [(block,) for block in fixed]
     columns: list[int | None] = [None] * len(fixed)
@@ -37,7 +37,7 @@ def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> tuple[Chai
     return chain, builder.inlined
 
 
-class _Builder:
+class Builder:
     """Groups what does not depend on choices so that as much of it as may be is recognised.
 
     Attributes:

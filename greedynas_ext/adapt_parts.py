@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import fx
@@ -136,6 +136,43 @@ def joined(parts: tuple[Part, ...] | list[Part]) -> Part:
         first = len(calls)
         calls += [renumbered(call, lambda value, first=first: first + value) for call in part]  # type: ignore[misc]
     return tuple(calls)
+
+
+def executed(
+    calls: Iterable[tuple[str, Any, Any, Any]],
+    values: list[Any],
+    module: Callable[[Any], Callable[..., Any]],
+    tensor: Callable[[Any], Any],
+) -> Any:
+    """What the last of `calls` gives; `values` holds what number 0 stands for, and is added to.
+
+    `module` and `tensor` find what the targets of such calls name.
+    """
+    for kind, target, encoded_args, encoded_kwargs in calls:
+        args = [decoded(each, values) for each in encoded_args]
+        kwargs = {key: decoded(each, values) for key, each in encoded_kwargs}
+        if kind == "module":
+            values.append(module(target)(*args, **kwargs))
+        elif kind == "function":
+            values.append(target(*args, **kwargs))
+        elif kind == "method":
+            values.append(getattr(args[0], target)(*args[1:], **kwargs))
+        else:
+            values.append(tensor(target))
+    return values[-1]
+
+
+def decoded(argument: Argument, values: Sequence[Any]) -> Any:
+    """The argument that is meant, given the values that are numbered in it."""
+    kind, content = argument
+    if kind == "value":
+        return values[content]
+    if kind == "constant":
+        return content
+    if kind == "dict":
+        return {key: decoded(each, values) for key, each in content}
+    parts = [decoded(each, values) for each in content]
+    return slice(*parts) if kind == "slice" else tuple(parts) if kind == "tuple" else parts
 
 
 def _parts(calls: list[Call], output: int) -> tuple[Part, ...]:

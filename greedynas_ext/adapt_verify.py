@@ -34,10 +34,12 @@ _OTHERS = 5e-2
 _FEWEST = 8
 
 
-def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own, images: Tensor) -> str | None:
+def disagreement(
+    module: nn.Module, chain: Chain, paths: Sequence[Sequence[int]], own: Own, images: Tensor
+) -> str | None:
     """Where the chain, or what is recognised of it, computes something else than `own(path, images)`; None: nowhere.
 
-    Each option of each layer is in one of the paths that are compared. Statistics are those of the images.
+    Operations that are in none of `paths` are not compared. Statistics are those of the images.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), images.dtype)
     images = images.to(dtype)
@@ -45,7 +47,6 @@ def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own
         compared: set[tuple[int, int]] = set()
         # Each path on other images after others still, and the chain in the opposite order: a state kept between calls
         # shows.
-        paths = [[(number + layer) % size for layer, size in enumerate(sizes)] for number in range(max(sizes))]
         shifted = [images.roll(number, -1) for number in range(len(paths))]
         for path in paths:
             own(path, images.flip(-1))
@@ -73,7 +74,7 @@ def _quiet(module: nn.Module, chain: Chain, device: torch.device) -> Iterator[No
 def _along(
     chain: Chain, path: Sequence[int], images: Tensor, expected: Tensor, compared: set[tuple[int, int]]
 ) -> str | None:
-    _, layers = chain.planned(torch.tensor([path]))
+    chain, layers = chain.planned(torch.tensor([path]))
     features = chain.stem(images.clone())
     if (-1, 0) not in compared:
         compared.add((-1, 0))

@@ -1,0 +1,192 @@
+"""Traces of forwards that need to know sizes: numbers of channels decide which slices of a weight are used.
+
+Every value of the trace is also computed in two worlds: on tensors without data, of images that differ in number, height
+and width. A size that is the same in both is a number to the forward. One that differs is a symbol to it, and so is
+whatever is computed of symbols: it depends on the images. Parameters are known, so that functions of them alone are
+written down too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import is_tensor_method_or_property
+
+from greedynas_ext.adapt_trace import SupernetTracer
+from greedynas_ext.fx_trace import Recorder, _Value
+
+Worlds: TypeAlias = tuple[Any, Any]
+
+_IMAGES = ((2, 224, 224), (3, 288, 256))  # number, height and width in each world
+_SIZES = ("size", "dim", "ndimension", "numel", "shape", "ndim", "__len__")
+
+
+def images_of(channels: int, dtype: torch.dtype) -> Worlds:
+    """Images of so many channels."""
+    first, second = (torch.empty(n, channels, *sides, dtype=dtype, device="meta") for n, *sides in _IMAGES)
+    return first, second
+
+
+def worlds_of(value: Any) -> Worlds | None:
+    """What a symbol is in the two worlds, where that is known."""
+    return value.node.meta.get("worlds") if issubclass(type(value), fx.Proxy) else None
+
+
+class _Unknown(Exception):
+    """A value that is not known in the worlds."""
+
+
+class _Known(_Value):
+    """A symbol of a tensor that can tell its shape."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "ndim"):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+
+class WorldsTracer(SupernetTracer):
+    """Gives numbers for the sizes that are known.
+
+    Attributes:
+        forwards: of modules that are called as a whole, how to compute their output; by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(fx.Graph())
+        self.forwards: dict[str, Callable[..., Any]] = {}
+
+    def input(self, worlds: Worlds) -> fx.Proxy:
+        """What the graph reads."""
+        return self.symbol("placeholder", "input", (), {}, worlds)
+
+    def symbol(self, kind: str, target: Any, args: Any, kwargs: Any, worlds: Worlds | None) -> fx.Proxy:
+        """Writes a call down."""
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), None, None)
+        if worlds is not None:
+            node.meta["worlds"] = worlds
+        return self.proxy(node)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A symbol that passes for a tensor, if it is one."""
+        worlds = node.meta.get("worlds")
+        if worlds is None:
+            return super().proxy(node)
+        return _Known(node, self) if isinstance(worlds[0], Tensor) else fx.Proxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
+        """A symbol for what a call gives; a number, or a tuple, where it gives what is known."""
+        worlds = self._computed(kind, target, args, kwargs)
+        if worlds is None or any(isinstance(each, Tensor) or each is None for each in worlds):
+            return self.symbol(kind, target, args, kwargs, worlds)
+        several = type(worlds[0]) in (tuple, list, torch.Size) and len(worlds[0]) == len(worlds[1])
+        sizes = _name(target, args) in _SIZES and not any(map(_is_symbolic, args))
+        if sizes and worlds[0] == worlds[1]:
+            return worlds[0]
+        if not several or not (sizes or any(isinstance(each, Tensor) for each in worlds[0])):
+            return self.symbol(kind, target, args, kwargs, worlds)
+        whole = self.symbol(kind, target, args, kwargs, worlds)
+        return tuple(
+            one if sizes and one == other else self.symbol("call_function", operator.getitem, (whole, number), {}, (one, other))
+            for number, (one, other) in enumerate(zip(*worlds, strict=True))
+        )
+
+    def of_weights(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a function of parameters and buffers alone."""
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            return self.create_proxy("call_function", getattr, (args[0], function.__self__.__name__), {})  # type: ignore[attr-defined]
+        if is_tensor_method_or_property(function):
+            return self.create_proxy("call_method", name, args, kwargs)
+        return self.create_proxy("call_function", function, args, kwargs)
+
+    def _computed(self, kind: str, target: Any, args: Any, kwargs: Any) -> Worlds | None:
+        try:
+            if kind == "call_module":
+                call = self.forwards[target]
+            elif kind == "call_method":
+                call = _method(target)
+            else:
+                call = target
+            with torch._C.DisableTorchFunction():
+                first, second = (call(*_in_world(args, n), **_in_world(kwargs, n)) for n in (0, 1))
+        except Exception:  # what it is stays unknown; whether it can be computed, an evaluation shows
+            return None
+        return first, second
+
+
+
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+
+
+def _name(target: Any, args: Sequence[Any]) -> str:
+    if target is getattr:
+        return str(args[1])
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _is_symbolic(argument: Any) -> bool:
+    """Whether it is a symbol, but not that of a tensor."""
+    worlds = worlds_of(argument)
+    return issubclass(type(argument), fx.Proxy) and not (worlds is not None and isinstance(worlds[0], Tensor))
+
+
+def _in_world(value: Any, number: int) -> Any:
+    if issubclass(type(value), fx.Proxy):
+        worlds = worlds_of(value)
+        if worlds is None:
+            raise _Unknown
+        return worlds[number]
+    if isinstance(value, tuple | list) and type(value) in (tuple, list, torch.Size):
+        parts = [_in_world(each, number) for each in value]
+        return parts if type(value) is list else tuple(parts)
+    if isinstance(value, dict):
+        return {key: _in_world(each, number) for key, each in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_in_world(each, number) for each in (value.start, value.stop, value.step)))
+    return value
+
+
+class WorldsRecorder(Recorder):
+    """Also records functions of parameters and buffers alone."""
+
+    def __init__(self, tracer: WorldsTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        symbols = any(issubclass(cls, fx.Proxy) for cls in types)
+        if not symbols and self._of_weights((*args, *kwargs.values())):
+            return self._tracer.of_weights(func, tuple(args), kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _of_weights(self, values: Sequence[Any]) -> bool:
+        pending, found = list(values), False
+        while pending:
+            value = pending.pop()
+            if isinstance(value, Tensor):
+                if id(value) not in self._tracer.tensors:
+                    return False
+                found = True
+            elif isinstance(value, tuple | list):
+                pending.extend(value)
+            elif isinstance(value, Mapping):
+                pending.extend(value.values())
+        return found
+
+
+def leaf_forward(module: nn.Module, shadow: nn.Module) -> Callable[..., Any] | None:
+    """How to compute the output of one of torch's own modules without data, given its shadow."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    return lambda *args, **kwargs: type(module).forward(shadow, *args, **kwargs)
