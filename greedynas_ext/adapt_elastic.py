@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,11 @@ from greedynas_ext.adapt_parts import Part, joined
 from greedynas_ext.adapt_segment import module_of
 from greedynas_ext.adapt_select import Selection
 from greedynas_ext.adapt_trace import Supernet
-from greedynas_ext.adapt_units import Key, Units, Variant, samples, state_of
+from greedynas_ext.adapt_units import Key, PathTrace, Units, Variant, samples, state_of
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
 
 _TRACED_AGAIN = 3  # random paths
-
-PathTrace: TypeAlias = tuple[tuple[Key, Variant], ...]
-
 
 @dataclass(frozen=True)
 class ElasticChain(Chain):
@@ -168,10 +165,7 @@ class Elastic:
         generator = random.Random(0)
         for _ in range(_TRACED_AGAIN):
             path = tuple(generator.randrange(size) for size in self._selection.sizes)
-            self._sequences()
-            found = self._units.path(path)
-            self._units.forget()
-            if self._units.path(path) != found:
+            if self._units.path(path) != self._units.alone(path):
                 raise Untraceable(f"on path {list(path)} forward does something else after other paths")
 
     def _sequences(self) -> list[PathTrace]:
@@ -189,7 +183,7 @@ class Elastic:
             for key, variant in sequence[start : len(sequence) - stop]:
                 if key in order:
                     if order.index(key) < at:
-                        raise NotAChain(f"{variant.name} runs before what it runs after on other paths")
+                        raise NotAChain(f"{key[0]} runs before what it runs after on other paths")
                     at = order.index(key) + 1
                 else:
                     order.insert(at, key)
@@ -208,7 +202,9 @@ class Elastic:
 
     def _fits(self, sequence: PathTrace) -> bool:
         start, stop = len(self._before), len(sequence) - len(self._after)
-        if stop < start or sequence[:start] != self._before or sequence[stop:] != self._after:
+        if stop < start or _common([sequence, self._before], range(start)) < start:
+            return False
+        if _common([sequence[::-1], self._after[::-1]], range(len(self._after))) < len(self._after):
             return False
         keys = iter(self._places)
         return all(key in keys for key, _ in sequence[start:stop])  # in this order
@@ -248,7 +244,7 @@ class Elastic:
 def _common(sequences: Sequence[PathTrace], positions: range) -> int:
     """How many of these positions are the same in all sequences, from the front."""
     for position in positions:
-        if any(sequence[position] != sequences[0][position] for sequence in sequences):
+        if any(sequence[position][1] is not sequences[0][position][1] for sequence in sequences):
             return position
     return len(positions)
 

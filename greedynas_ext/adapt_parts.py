@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import fx
 
 from greedynas_ext.fx_trace import Untraceable
@@ -143,23 +146,33 @@ def executed(
     values: list[Any],
     module: Callable[[Any], Callable[..., Any]],
     tensor: Callable[[Any], Any],
+    unseen: Collection[int] = (),
 ) -> Any:
     """What the last of `calls` gives; `values` holds what number 0 stands for, and is added to.
 
-    `module` and `tensor` find what the targets of such calls name.
+    `module` and `tensor` find what the targets of such calls name. Torch function modes do not see those numbered in
+    `unseen`.
     """
-    for kind, target, encoded_args, encoded_kwargs in calls:
+    for number, (kind, target, encoded_args, encoded_kwargs) in enumerate(calls, 1):
         args = [decoded(each, values) for each in encoded_args]
         kwargs = {key: decoded(each, values) for key, each in encoded_kwargs}
         if kind == "module":
             values.append(module(target)(*args, **kwargs))
-        elif kind == "function":
-            values.append(target(*args, **kwargs))
-        elif kind == "method":
-            values.append(getattr(args[0], target)(*args[1:], **kwargs))
-        else:
+        elif kind == "tensor":
             values.append(tensor(target))
+        else:
+            call = functools.partial(getattr(args[0], target), *args[1:]) if kind == "method" else target
+            with torch._C.DisableTorchFunction() if number in unseen else contextlib.nullcontext():
+                values.append(call(**kwargs) if kind == "method" else call(*args, **kwargs))
     return values[-1]
+
+
+def of_image(part: Part) -> list[bool]:
+    """Whether value 0, and what each call gives, depends on value 0."""
+    found = [True]
+    for call in part:
+        found.append(any(found[value] for value in values_in(call)))
+    return found
 
 
 def decoded(argument: Argument, values: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from greedynas_ext.adapt_parts import Part, executed
+from greedynas_ext.adapt_parts import Part, executed, of_image
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.derived import StandIn, WithDerivedWeights, reader, stand_in_of
 
@@ -35,13 +35,18 @@ class Segment(WithDerivedWeights):
             # Plain values, whose changes `recognise_cache` can see.
             calls.append((call.kind, target, call.args, call.kwargs))
         self.calls = tuple(calls)
+        # Products of weights with each other are no work on images, and normalise nothing.
+        self._of_weights = {number for number, depends in enumerate(of_image(part)) if not depends}
         self._stand_in: tuple[Callable[[], StandIn | None], StandIn | None] | None = None
         if self.tensors:
             self._stand_in = (lambda: stand_in_of(part, modules, Segment)), None
 
     def forward(self, x: Tensor) -> Any:
         """What the part gives for the value that it reads."""
-        return executed(self.calls, [x], self._modules.__getitem__, lambda number: self.tensors[number]())  # type: ignore[arg-type]
+        modules: Any = self._modules
+        return executed(
+            self.calls, [x], modules.__getitem__, lambda number: self.tensors[number](), self._of_weights
+        )
 
     def stand_in(self) -> StandIn | None:
         """What is recognised in its place, where functions in it are given weights."""

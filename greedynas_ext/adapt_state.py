@@ -82,6 +82,7 @@ class ModuleState:
         for name, module in self._modules.items():
             left_out = self._left_out.get(name, ())
             attributes = vars(module)
+            found.append(type(module))
             for key, value in attributes.items():
                 if key not in OF_ANY_MODULE and key not in left_out:
                     found.append((key, copied(value) if is_plain(value) else id(value)))

@@ -55,6 +55,9 @@ class _Unit:
         raise AssertionError("a unit is not executed")
 
 
+PathTrace: TypeAlias = tuple[tuple[Key, Variant], ...]
+
+
 class _Again(Exception):
     """Something was found out that the trace has to begin again with."""
 
@@ -84,14 +87,14 @@ class Units:
         self.known: dict[Hashable, _Unit] = {}
         self._decided: set[str] = set()
         self._variants: dict[tuple[str, tuple[Part, ...]], Variant] = {}
-        self._paths: dict[tuple[int, ...], tuple[tuple[Key, Variant], ...]] = {}
+        self._paths: dict[tuple[int, ...], PathTrace] = {}
 
     def forget(self) -> None:
         """Traces anew from now on."""
         self.known.clear()
         self._paths.clear()
 
-    def path(self, path: tuple[int, ...]) -> tuple[tuple[Key, Variant], ...]:
+    def path(self, path: tuple[int, ...]) -> PathTrace:
         """What runs for a path of option indices, one after the other.
 
         Raises:
@@ -102,6 +105,13 @@ class Units:
                 self._paths.clear()
             self._paths[path] = self._named(without_chance(lambda: self._traced(path)))
         return self._paths[path]
+
+    def alone(self, path: tuple[int, ...]) -> PathTrace:
+        """The same, with nothing known of other paths."""
+        known, self.known = self.known, {}
+        found = self._named(without_chance(lambda: self._traced(path)))
+        self.known.update(known)
+        return found
 
     def _traced(self, path: tuple[int, ...]) -> tuple[Part, ...]:
         for _ in range(_ATTEMPTS):
@@ -174,7 +184,7 @@ class Units:
             raise _Again
         self._decided.add(name)
 
-    def _named(self, parts: Sequence[Part]) -> tuple[tuple[Key, Variant], ...]:
+    def _named(self, parts: Sequence[Part]) -> PathTrace:
         found: list[tuple[Key, Variant]] = []
         times: Counter[str] = Counter()
         name, after = "", 0
@@ -190,7 +200,7 @@ class Units:
                 variant = whole.variant
             else:
                 labels = [call.target.variant.label for call in part if isinstance(call.target, _Unit)]
-                variant = self.variant(name, (_spread(part),), ", ".join(filter(None, labels)))
+                variant = self.variant(own or "", (_spread(part),), ", ".join(filter(None, labels)))
             found.append(((name, times[name], after), variant))
         return tuple(found)
 
@@ -203,7 +213,7 @@ class _UnitShadows(Shadows):
         self._units, self._worlds = units, tracer
         self._names: dict[int, str] = {}  # of shadows, by id
         self._shadows: dict[str, nn.Module] = {}
-        self._initial: dict[str, dict[str, Hashable]] = {}
+        self._initial: dict[str, tuple[dict[str, Hashable], dict[str, Any]]] = {}
         self._later: dict[str, dict[str, Any]] = {}  # attributes of shadows that are not made yet
         self._in_unit = False
 
@@ -215,7 +225,9 @@ class _UnitShadows(Shadows):
             name = self.supernet.names[id(module)]
             self._names[id(shadow)], self._shadows[name] = name, shadow
             now = vars(shadow)
-            self._initial[name] = {key: frozen(now[key], self._names) for key in now if key not in OF_ANY_MODULE}
+            initial = {key: frozen(now[key], self._names) for key in now if key not in OF_ANY_MODULE}
+            fixed = {key: value for key, value in now.items() if not isinstance(value, list | dict | set)}
+            self._initial[name] = initial, fixed
             now.update(self._later.pop(name, {}))
         return shadow
 
@@ -224,9 +236,11 @@ class _UnitShadows(Shadows):
         for name, shadow in self._shadows.items():
             if not _is_in(name, within):
                 continue
-            initial, now = self._initial[name], vars(shadow)
+            (initial, fixed), now = self._initial[name], vars(shadow)
             for key, value in now.items():
-                if key not in OF_ANY_MODULE and (key not in initial or frozen(value, self._names) != initial[key]):
+                if key in OF_ANY_MODULE or fixed.get(key, self) is value:
+                    continue
+                if key not in initial or frozen(value, self._names) != initial[key]:
                     yield name, key
             for key in initial:
                 if key not in now:
@@ -304,7 +318,7 @@ class _UnitShadows(Shadows):
 
     def _unit(self, module: nn.Module, name: str, worlds: Worlds, state: Sequence[tuple[str, str, Any]]) -> _Unit:
         """Traces the forward of a module in a graph of its own."""
-        before = {(each, key): frozen(vars(self._shadows[each])[key], self._names) for each, key in self.changed()}
+        before = {(each, key): value for each, key, value in state}
         outer, self._worlds.graph = self._worlds.graph, fx.Graph()
         self._in_unit = True
         try:
@@ -318,7 +332,7 @@ class _UnitShadows(Shadows):
         finally:
             self._in_unit, self._worlds.graph = False, outer
         effects = []
-        for each, key in self.changed():
+        for each, key in self.changed(name):
             value = vars(self._shadows[each])[key]
             if before.get((each, key)) != frozen(value, self._names):
                 if not is_plain(value) and value is not UNSET:

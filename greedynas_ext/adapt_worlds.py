@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import is_tensor_method_or_property
 
@@ -22,6 +23,10 @@ from greedynas_ext.fx_trace import Recorder, _Value
 Worlds: TypeAlias = tuple[Any, Any]
 
 _IMAGES = ((2, 224, 224), (3, 288, 256))  # number, height and width in each world
+_ACTIVATIONS = ("relu", "relu6", "hardtanh", "hardswish", "silu", "hardsigmoid", "sigmoid", "clamp", "tanh", "gelu")
+_KEEP_SHAPE = frozenset((*_ACTIVATIONS, *(f"{name}_" for name in _ACTIVATIONS), "batch_norm", "dropout"))
+_KEEP_SHAPE_WITH = frozenset(("add", "add_", "mul", "mul_", "sub", "sub_", "truediv", "div", "div_", "iadd", "imul"))
+_KEEPING = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid, nn.Dropout)
 _SIZES = ("size", "dim", "ndimension", "numel", "shape", "ndim", "__len__")
 
 
@@ -106,24 +111,56 @@ class WorldsTracer(SupernetTracer):
 
     def _computed(self, kind: str, target: Any, args: Any, kwargs: Any) -> Worlds | None:
         try:
-            if kind == "call_module":
-                call = self.forwards[target]
-            elif kind == "call_method":
-                call = _method(target)
-            else:
-                call = target
             with torch._C.DisableTorchFunction():
-                first, second = (call(*_in_world(args, n), **_in_world(kwargs, n)) for n in (0, 1))
+                first, second = (self._in_one(kind, target, _in_world(args, n), _in_world(kwargs, n)) for n in (0, 1))
         except Exception:  # what it is stays unknown; whether it can be computed, an evaluation shows
             return None
         return first, second
 
+    def _in_one(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "call_module":
+            target = self.forwards[target]
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        # Much is known without torch, which takes milliseconds for some of these on tensors without data.
+        if name in _KEEP_SHAPE or (name in _KEEP_SHAPE_WITH and _is_as_small(args)):
+            return args[0]
+        if target is F.conv2d:
+            return _convolution(*args, **kwargs)
+        if name == "mean":
+            return _mean(*args, **kwargs)
+        return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
 
 
+def _is_as_small(args: Sequence[Any]) -> bool:
+    """Whether the second of two arguments has no dimension that the first, a tensor, lacks."""
+    one, other = args[0], args[1] if len(args) > 1 else 0
+    if not isinstance(one, Tensor) or not one.is_floating_point():
+        return False
+    if not isinstance(other, Tensor):
+        return isinstance(other, int | float)
+    return other.dtype == one.dtype and torch.broadcast_shapes(one.shape, other.shape) == one.shape
 
 
-def _method(name: str) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+def _convolution(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> Tensor:
+    """F.conv2d of tensors without data."""
+    if isinstance(padding, str) or x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    sides = []
+    for dim, of_pair in ((2, 0), (3, -1)):
+        step, pad, far = (v[of_pair] if isinstance(v, tuple | list) else v for v in (stride, padding, dilation))
+        sides.append((x.shape[dim] + 2 * pad - far * (weight.shape[dim] - 1) - 1) // step + 1)
+    return x.new_empty((x.shape[0], weight.shape[0], *sides))  # type: ignore[no-any-return]
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    """torch.mean of a tensor without data."""
+    if dim is None or kwargs:
+        return torch.mean(x, dim, keepdim, **kwargs)
+    gone = {each % x.dim() for each in (dim if isinstance(dim, tuple | list) else (dim,))}
+    sides = [1 if number in gone else side for number, side in enumerate(x.shape) if keepdim or number not in gone]
+    return x.new_empty(sides)
 
 
 def _name(target: Any, args: Sequence[Any]) -> str:
@@ -185,8 +222,17 @@ class WorldsRecorder(Recorder):
         return found
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def leaf_forward(module: nn.Module, shadow: nn.Module) -> Callable[..., Any] | None:
     """How to compute the output of one of torch's own modules without data, given its shadow."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
+    if type(module) in _KEEPING:
+        return _same
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        how = (module.stride, module.padding, module.dilation, module.groups)
+        return lambda x: _convolution(x, shadow._parameters["weight"], None, *how)
     return lambda *args, **kwargs: type(module).forward(shadow, *args, **kwargs)

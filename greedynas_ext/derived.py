@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedynas_ext.adapt_parts import Argument, Call, Part, decoded, executed, renumbered, values_in
+from greedynas_ext.adapt_parts import Argument, Call, Part, decoded, executed, of_image, renumbered, values_in
 
 _Description = TypeVar("_Description")
 
@@ -156,18 +156,16 @@ class _Maker:
         self.weights: dict[int, Derived] = {}
 
     def part(self) -> Part | None:
-        of_image = [True]
-        for call in self._part:
-            of_image.append(any(of_image[value] for value in values_in(call)))
+        depends = of_image(self._part)
         numbers = {0: 0}
         calls: list[Call] = []
         for number, call in enumerate(self._part, 1):
-            if not of_image[number]:
+            if not depends[number]:
                 if _writes(call):
                     return None
                 continue
-            if not all(of_image[value] for value in values_in(call)):
-                replaced = self._module(call, of_image)
+            if not all(depends[value] for value in values_in(call)):
+                replaced = self._module(call, depends)
                 if replaced is None:
                     return None
                 call = replaced
@@ -175,7 +173,7 @@ class _Maker:
             numbers[number] = len(calls)
         return tuple(calls)
 
-    def _module(self, call: Call, of_image: Sequence[bool]) -> Call | None:
+    def _module(self, call: Call, depends: Sequence[bool]) -> Call | None:
         """The call of a module that does what a function is called for."""
         make: Any
         if call.target is F.conv2d:
@@ -188,12 +186,12 @@ class _Maker:
             return None
         given = {**dict(zip(names, call.args, strict=False)), **dict(call.kwargs)}
         source = given.pop("input", ("constant", None))
-        if source[0] != "value" or not of_image[source[1]]:
+        if source[0] != "value" or not depends[source[1]]:
             return None
         derived: dict[str, Derived | None] = {}
         for name in _TENSORS:
             kind, content = given.pop(name, ("constant", None))
-            if kind == "value" and not of_image[content]:
+            if kind == "value" and not depends[content]:
                 derived[name] = self._derived(content)
             elif (kind, content) == ("constant", None):
                 derived[name] = None

@@ -90,15 +90,11 @@ def _recognise(
 ) -> _Description | Unrecognised:
     if not isinstance(module, nn.Module):
         return Unrecognised("not a module")
-    if isinstance(module, WithDerivedWeights):
-        try:
-            stand_in = module.stand_in()
-            if stand_in is not None:
-                return resolved(_recognise(stand_in.module, role, in_channels, match), stand_in.weights)
-        except Exception as error:
-            return Unrecognised(first_line(error))
     key = (role, in_channels)
     try:
+        stand_in = module.stand_in() if isinstance(module, WithDerivedWeights) else None
+        if stand_in is not None:
+            return resolved(_recognise(stand_in.module, role, in_channels, match), stand_in.weights)
         known: _Description | Unrecognised | None = _cache.get(module, key)
         if known is not None:
             return known
