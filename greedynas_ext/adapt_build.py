@@ -13,8 +13,10 @@ from greedynas_ext.adapt_select import Selection
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
+from greedynas_ext.packing import IdentityWeights
 from greedynas_ext.recognise import Unrecognised, recognise_head, recognise_operation, recognise_stem
 
+_NOTHING = (Unrecognised, IdentityWeights)
 _LONGEST = 12  # parts of a fixed block that is recognised
 
 
@@ -65,26 +67,35 @@ class Builder:
                 head = self._module(candidates[start:])
                 if not isinstance(recognise_head(head), Unrecognised):
                     return self.fixed(candidates[:start]), head
-        return [], self._module(parts)
+        runs = self._runs(parts)
+        fused = [number for number, (_, weights) in enumerate(runs) if not isinstance(weights, _NOTHING)]
+        last = fused[-1] + 1 if fused else 0
+        rest = [part for run, _ in runs[last:] for part in run]
+        return [self._module(run) for run, _ in runs[:last]], self._module(rest)
 
     def fixed(self, parts: Sequence[Part]) -> list[nn.Module]:
         """The longest runs of parts that are recognised as an operation, and what is between them."""
-        blocks: list[nn.Module] = []
-        rest: list[Part] = []
+        return [self._module(run) for run, _ in self._runs(parts)]
+
+    def _runs(self, parts: Sequence[Part]) -> list[tuple[Sequence[Part], object]]:
+        """The same as parts, each with what it is recognised as."""
+        runs: list[tuple[Sequence[Part], object]] = []
         spread = self._spread(parts)
         start = 0
         while start < len(spread):
             for stop in range(min(len(spread), start + _LONGEST), start, -1):
-                block = self._module(spread[start:stop])
-                if not isinstance(recognise_operation(block, None), Unrecognised):
-                    blocks += [self._module(rest)] if rest else []
-                    blocks.append(block)
-                    rest, start = [], stop
+                weights = recognise_operation(self._module(spread[start:stop]), None)
+                if not isinstance(weights, Unrecognised):
+                    runs.append((spread[start:stop], weights))
+                    start = stop
                     break
             else:
-                rest.append(spread[start])
+                if runs and isinstance(runs[-1][1], Unrecognised):
+                    runs[-1] = [*runs[-1][0], spread[start]], weights
+                else:
+                    runs.append(([spread[start]], weights))
                 start += 1
-        return blocks + ([self._module(rest)] if rest else [])
+        return runs
 
     def _as_it_is_and_spread(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
         yield parts

@@ -27,6 +27,7 @@ from greedynas_ext.fx_trace import Untraceable
 
 _TRACED_AGAIN = 3  # random paths
 
+
 @dataclass(frozen=True)
 class ElasticChain(Chain):
     """The chain of an elastic network: operations of its layers are found as paths are planned.
@@ -163,9 +164,16 @@ class Elastic:
     def _trace_again(self) -> None:
         """Random paths, with what is known of their units and without."""
         generator = random.Random(0)
-        for _ in range(_TRACED_AGAIN):
-            path = tuple(generator.randrange(size) for size in self._selection.sizes)
-            if self._units.path(path) != self._units.alone(path):
+        paths = [tuple(generator.randrange(size) for size in self._selection.sizes) for _ in range(_TRACED_AGAIN)]
+        while True:
+            times = self._units.times_forgotten
+            self._sequences()
+            found = [self._units.path(path) for path in paths]
+            if times == self._units.times_forgotten:
+                break
+            self._units.forget()  # they have shown something new: the others come first
+        for path, known in zip(paths, found, strict=True):
+            if self._units.alone(path) != known:
                 raise Untraceable(f"on path {list(path)} forward does something else after other paths")
 
     def _sequences(self) -> list[PathTrace]:
@@ -180,7 +188,7 @@ class Elastic:
         order: list[Key] = []
         for sequence in sequences:
             at = 0
-            for key, variant in sequence[start : len(sequence) - stop]:
+            for key, _ in sequence[start : len(sequence) - stop]:
                 if key in order:
                     if order.index(key) < at:
                         raise NotAChain(f"{key[0]} runs before what it runs after on other paths")

@@ -44,9 +44,7 @@ class Segment(WithDerivedWeights):
     def forward(self, x: Tensor) -> Any:
         """What the part gives for the value that it reads."""
         modules: Any = self._modules
-        return executed(
-            self.calls, [x], modules.__getitem__, lambda number: self.tensors[number](), self._of_weights
-        )
+        return executed(self.calls, [x], modules.__getitem__, lambda number: self.tensors[number](), self._of_weights)
 
     def stand_in(self) -> StandIn | None:
         """What is recognised in its place, where functions in it are given weights."""

@@ -22,7 +22,7 @@ class Unset:
 
     __getattr__ = __bool__ = __int__ = __index__ = __float__ = __iter__ = __len__ = __getitem__ = __contains__ = _read
     __call__ = __str__ = __repr__ = __format__ = __neg__ = __round__ = _read
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _read  # type: ignore[assignment]
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _read
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _read
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _read
 
@@ -87,9 +87,11 @@ class ModuleState:
                 if key not in OF_ANY_MODULE and key not in left_out:
                     found.append((key, copied(value) if is_plain(value) else id(value)))
             if module._forward_hooks or module._forward_pre_hooks or "forward" in attributes:
-                found.append((tuple(module._forward_hooks), tuple(module._forward_pre_hooks), attributes.get("forward")))
+                found.append(
+                    (tuple(module._forward_hooks), tuple(module._forward_pre_hooks), attributes.get("forward"))
+                )
             for store in (module._parameters, module._buffers):
-                found += [(key, None if tensor is None else tensor.shape) for key, tensor in store.items()]  # type: ignore[union-attr]
+                found += [(key, None if tensor is None else tensor.shape) for key, tensor in store.items()]
         return found
 
 

@@ -194,6 +194,7 @@ class SupernetTracer(ValueTracer):
         self.tensors: dict[int, tuple[Tensor, tuple[str, str]]] = {}  # stand-ins, kept alive, and what they are
 
     def create_arg(self, a: Any) -> Any:
+        """The name of a tensor that is known; of anything else what the graph keeps."""
         if not issubclass(type(a), fx.Proxy) and isinstance(a, Tensor) and id(a) in self.tensors:
             return self.create_node("get_attr", ":".join(self.tensors[id(a)][1]), (), {})
         return super().create_arg(a)

@@ -82,6 +82,7 @@ class Units:
         self.supernet, self._selection, self._channels = supernet, selection, channels
         self.choosing: dict[str, set[str]] = {}
         self.unset = False
+        self.times_forgotten = 0
         self.expanded: set[str] = {""}
         self.closed: dict[str, str] = {}  # with the reason
         self.known: dict[Hashable, _Unit] = {}
@@ -91,6 +92,7 @@ class Units:
 
     def forget(self) -> None:
         """Traces anew from now on."""
+        self.times_forgotten += 1
         self.known.clear()
         self._paths.clear()
 
@@ -253,7 +255,9 @@ class _UnitShadows(Shadows):
             if list(dict.items(shadow._modules)) != list(module._modules.items()):
                 raise Untraceable(f"{name}: modules in it are replaced")
             for mine, own in ((shadow._parameters, module._parameters), (shadow._buffers, module._buffers)):
-                if list(mine) != list(own) or any(t is not None and id(t) not in self._worlds.tensors for t in mine.values()):
+                if list(mine) != list(own) or any(
+                    t is not None and id(t) not in self._worlds.tensors for t in mine.values()
+                ):
                     raise Untraceable(f"{name}: tensors in it are replaced")
 
     def _attributes(self, module: nn.Module, name: str) -> dict[str, Any]:
@@ -314,7 +318,9 @@ class _UnitShadows(Shadows):
 
     def _state(self, name: str) -> tuple[tuple[str, str, Hashable], ...]:
         """What the path has set in the module and those in it."""
-        return tuple((each, key, frozen(vars(self._shadows[each])[key], self._names)) for each, key in self.changed(name))
+        return tuple(
+            (each, key, frozen(vars(self._shadows[each])[key], self._names)) for each, key in self.changed(name)
+        )
 
     def _unit(self, module: nn.Module, name: str, worlds: Worlds, state: Sequence[tuple[str, str, Any]]) -> _Unit:
         """Traces the forward of a module in a graph of its own."""

@@ -1,8 +1,8 @@
 """Traces of forwards that need to know sizes: numbers of channels decide which slices of a weight are used.
 
-Every value of the trace is also computed in two worlds: on tensors without data, of images that differ in number, height
-and width. A size that is the same in both is a number to the forward. One that differs is a symbol to it, and so is
-whatever is computed of symbols: it depends on the images. Parameters are known, so that functions of them alone are
+Every value of the trace is also computed in two worlds: on tensors without data, of images that differ in number,
+height and width. A size that is the same in both is a number to the forward. One that differs is a symbol to it, and so
+is whatever is computed of symbols: it depends on the images. Parameters are known, so that functions of them alone are
 written down too.
 """
 
@@ -26,7 +26,17 @@ _IMAGES = ((2, 224, 224), (3, 288, 256))  # number, height and width in each wor
 _ACTIVATIONS = ("relu", "relu6", "hardtanh", "hardswish", "silu", "hardsigmoid", "sigmoid", "clamp", "tanh", "gelu")
 _KEEP_SHAPE = frozenset((*_ACTIVATIONS, *(f"{name}_" for name in _ACTIVATIONS), "batch_norm", "dropout"))
 _KEEP_SHAPE_WITH = frozenset(("add", "add_", "mul", "mul_", "sub", "sub_", "truediv", "div", "div_", "iadd", "imul"))
-_KEEPING = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid, nn.Dropout)
+_KEEPING = (
+    nn.BatchNorm2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.SiLU,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Dropout,
+)
 _SIZES = ("size", "dim", "ndimension", "numel", "shape", "ndim", "__len__")
 
 
@@ -96,7 +106,9 @@ class WorldsTracer(SupernetTracer):
             return self.symbol(kind, target, args, kwargs, worlds)
         whole = self.symbol(kind, target, args, kwargs, worlds)
         return tuple(
-            one if sizes and one == other else self.symbol("call_function", operator.getitem, (whole, number), {}, (one, other))
+            one
+            if sizes and one == other
+            else self.symbol("call_function", operator.getitem, (whole, number), {}, (one, other))
             for number, (one, other) in enumerate(zip(*worlds, strict=True))
         )
 
@@ -138,7 +150,7 @@ def _is_as_small(args: Sequence[Any]) -> bool:
         return False
     if not isinstance(other, Tensor):
         return isinstance(other, int | float)
-    return other.dtype == one.dtype and torch.broadcast_shapes(one.shape, other.shape) == one.shape
+    return other.dtype == one.dtype and torch.broadcast_shapes(one.shape, other.shape) == one.shape  # type: ignore[no-untyped-call]
 
 
 def _convolution(
@@ -227,8 +239,11 @@ def _same(x: Tensor) -> Tensor:
 
 
 def leaf_forward(module: nn.Module, shadow: nn.Module) -> Callable[..., Any] | None:
-    """How to compute the output of one of torch's own modules without data, given its shadow."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    """How to compute the output of one of torch's own modules without data, given its shadow.
+
+    Hooks are taken to keep the shape: they look, or change values.
+    """
+    if "forward" in vars(module):
         return None
     if type(module) in _KEEPING:
         return _same

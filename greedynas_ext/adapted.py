@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from greedynas_ext.adapt_watch import Watch
 from greedynas_ext.arguments import Chain
 
 _VERIFIED_IMAGES = 2
+_verifying = threading.Lock()  # a supernet's own forward may have to be switched for it
 
 
 @dataclass(frozen=True)
@@ -211,4 +213,5 @@ class AdaptedSupernet:
         """Verifies on the first batch that is evaluated, where that was asked for."""
         operations = self._elastic is not None and self._verifies and self._elastic.unverified()
         if self._unverified or operations:
-            self.verify(images)
+            with _verifying:
+                self.verify(images)

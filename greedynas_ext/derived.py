@@ -176,6 +176,7 @@ class _Maker:
     def _module(self, call: Call, depends: Sequence[bool]) -> Call | None:
         """The call of a module that does what a function is called for."""
         make: Any
+        names: tuple[str, ...]
         if call.target is F.conv2d:
             names, make = _CONV, _convolution
         elif call.target is F.batch_norm:
@@ -203,13 +204,14 @@ class _Maker:
         module: nn.Module | None = make(tensors, **{name: decoded(argument, ()) for name, argument in given.items()})
         if module is None:
             return None
-        for store in (module._parameters, module._buffers):
-            store.update(dict.fromkeys(store))  # type: ignore[arg-type]
+        stores: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for store in stores:
+            store.update(dict.fromkeys(store))
         for name, tensor in tensors.items():
             if tensor is not None:
-                store = module._buffers if name.startswith("running") else module._parameters
+                store = stores[name.startswith("running")]
                 shape_only = torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-                store[name] = shape_only if store is module._buffers else nn.Parameter(shape_only, requires_grad=False)
+                store[name] = shape_only if store is stores[1] else nn.Parameter(shape_only, requires_grad=False)
                 self.weights[id(store[name])] = derived[name]  # type: ignore[assignment]
         named = next(each.name for each in derived.values() if each is not None)
         key = named
@@ -226,7 +228,9 @@ class _Maker:
                     needed.add(each)
                     pending.append(each)
         numbers = {0: 0}
-        calls, readers, names = [], [], []
+        calls: list[Call] = []
+        readers: list[Callable[[], Any]] = []
+        names: list[str] = []
         for number in sorted(needed):
             call = renumbered(self._part[number - 1], numbers.__getitem__)
             if call.kind == "tensor":

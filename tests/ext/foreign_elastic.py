@@ -115,7 +115,7 @@ class ElasticBlock(nn.Module):
         self.kernel_size, self.ratio = max(KERNELS), float(max(RATIOS))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.widen[0].width = int(round(x.size(1) * self.ratio))
+        self.widen[0].width = round(x.size(1) * self.ratio)
         self.spread[0].kernel = self.kernel_size
         y = self.narrow(self.spread(self.widen(x)))
         return x + y if self.adds else y
