@@ -24,6 +24,7 @@ from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.adapt_units import Key, PathTrace, Units, Variant, samples, state_of
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
+from greedynas_ext.isolation import held_interrupts
 
 _TRACED_AGAIN = 3  # random paths
 
@@ -102,9 +103,9 @@ class Elastic:
 
     def planned(self, paths: Tensor) -> tuple[ElasticChain, Tensor]:
         """The chain of these paths [m, columns], and for each the operation of each of its layers."""
-        with self._lock:
+        with held_interrupts(), self._lock:
             rows = [tuple(path) for path in paths.tolist()]
-            sequences = [self._units.path(path) for path in rows]
+            sequences = [self._traced(path) for path in rows]
             strange = [path for path, found in zip(rows, sequences, strict=True) if not self._fits(found)]
             if strange:
                 self._seen += strange
@@ -116,7 +117,7 @@ class Elastic:
 
     def check(self) -> None:
         """Traces anew from now on where the supernet has changed. Raises RuntimeError where it has other modules."""
-        with self._lock:
+        with held_interrupts(), self._lock:
             if not self._state.has_children():
                 raise RuntimeError(
                     "supernet: expected the modules that it had when it was adapted, but some were added, removed or "
@@ -175,6 +176,12 @@ class Elastic:
         for path, known in zip(paths, found, strict=True):
             if self._units.alone(path) != known:
                 raise Untraceable(f"on path {list(path)} forward does something else after other paths")
+
+    def _traced(self, path: tuple[int, ...]) -> PathTrace:
+        try:
+            return self._units.path(path)
+        except Untraceable as error:
+            raise RuntimeError(f"supernet: path {list(path)} cannot be traced as others were: {error}") from error
 
     def _sequences(self) -> list[PathTrace]:
         return [self._units.path(path) for path in self._seen]

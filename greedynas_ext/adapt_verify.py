@@ -35,11 +35,19 @@ _FEWEST = 8
 
 
 def disagreement(
-    module: nn.Module, chain: Chain, paths: Sequence[Sequence[int]], own: Own, images: Tensor
+    module: nn.Module, chain: Chain, paths: Sequence[Sequence[int]], own: Own, images: Tensor, *, keeps_state: bool
 ) -> str | None:
     """Where the chain, or what is recognised of it, computes something else than `own(path, images)`; None: nowhere.
 
     Operations that are in none of `paths` are not compared. Statistics are those of the images.
+
+    Args:
+        module: the supernet.
+        chain: what was made of it.
+        paths: to compare on.
+        own: the supernet's own forward.
+        images: to compare on.
+        keeps_state: whether the supernet may keep a state between calls: then its forward runs once more.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), images.dtype)
     images = images.to(dtype)
@@ -48,7 +56,7 @@ def disagreement(
         # Each path on other images after others still, and the chain in the opposite order: a state kept between calls
         # shows.
         shifted = [images.roll(number, -1) for number in range(len(paths))]
-        for path in paths:
+        for path in paths if keeps_state else ():
             own(path, images.flip(-1))
         logits = [own(path, each.clone()) for path, each in zip(paths, shifted, strict=True)]
         for path, each, expected in zip(paths[::-1], shifted[::-1], logits[::-1], strict=True):

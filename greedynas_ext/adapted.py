@@ -99,7 +99,7 @@ class AdaptedSupernet:
         self.reason = reason
         self._selection = selection
         self._verifies = verify
-        self._unverified = verify and chain is not None
+        self._unverified = reason is None
         self._elastic = elastic
         self._adapted_chain: Chain
         if elastic is not None:
@@ -202,7 +202,14 @@ class AdaptedSupernet:
             paths = [tuple((number + layer) % size for layer, size in enumerate(sizes)) for number in range(max(sizes))]
         else:
             paths = self._elastic.unverified()
-        problem = disagreement(self.module, self._adapted_chain, paths, self._run, images[:_VERIFIED_IMAGES])
+        problem = disagreement(
+            self.module,
+            self._adapted_chain,
+            paths,
+            self._run,
+            images[:_VERIFIED_IMAGES],
+            keeps_state=self._unverified,
+        )
         if problem is not None:
             raise ValueError(f"supernet: {problem}")
         self._unverified = False
@@ -211,7 +218,8 @@ class AdaptedSupernet:
 
     def before_batch(self, images: Tensor) -> None:
         """Verifies on the first batch that is evaluated, where that was asked for."""
-        operations = self._elastic is not None and self._verifies and self._elastic.unverified()
-        if self._unverified or operations:
-            with _verifying:
+        if not self._verifies:
+            return
+        with _verifying:
+            if self._unverified or (self._elastic is not None and self._elastic.unverified()):
                 self.verify(images)

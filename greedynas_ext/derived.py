@@ -8,6 +8,7 @@ one look and the next but how to compute them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
@@ -47,9 +48,10 @@ class Derived:
 
     def of(self, sources: Sequence[Tensor]) -> Tensor:
         """The weight that these sources give."""
-        value: Tensor
-        with torch.no_grad(), torch.autocast(sources[0].device.type, enabled=False):
-            value = executed(self.calls, [None], _no_module, sources.__getitem__)
+        device = sources[0].device.type
+        cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+        with torch.no_grad(), cast:
+            value: Tensor = executed(self.calls, [None], _no_module, sources.__getitem__)
         return value
 
     def now(self) -> Tensor:
