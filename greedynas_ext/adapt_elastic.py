@@ -6,7 +6,6 @@ identity where some run nothing; later paths add to them. Which columns of a pat
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
 from greedynas_ext.isolation import held_interrupts
 
-_TRACED_AGAIN = 3  # random paths
+_GROUPS = 4  # of columns that are changed at once
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,18 @@ class Elastic:
             self._units.forget()
 
     def _trace_again(self) -> None:
-        """Random paths, with what is known of their units and without."""
-        generator = random.Random(0)
-        paths = [tuple(generator.randrange(size) for size in self._selection.sizes) for _ in range(_TRACED_AGAIN)]
+        """Paths that differ from one seen in some columns, with what is known of their units and without.
+
+        What does not depend on these columns is known then, and has to be what it is alone.
+        """
+        sizes, first = self._selection.sizes, self._seen[0]
+        paths = [
+            tuple(
+                (op + (column % _GROUPS == group)) % size
+                for column, (op, size) in enumerate(zip(first, sizes, strict=True))
+            )
+            for group in range(min(_GROUPS, len(sizes)))
+        ]
         while True:
             times = self._units.times_forgotten
             self._sequences()

@@ -387,9 +387,7 @@ def _spread(part: Part) -> Part:
 
 def samples(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """Paths in which each option of each column comes."""
-    found = [tuple(0 for _ in sizes), tuple(size - 1 for size in sizes)]
-    found += [tuple((number + column) % size for column, size in enumerate(sizes)) for number in range(max(sizes))]
-    return list(dict.fromkeys(found))
+    return [tuple((number + column) % size for column, size in enumerate(sizes)) for number in range(max(sizes))]
 
 
 def state_of(units: Units, left_out: bool) -> ModuleState:

@@ -136,10 +136,9 @@ class WorldsTracer(SupernetTracer):
         # Much is known without torch, which takes milliseconds for some of these on tensors without data.
         if name in _KEEP_SHAPE or (name in _KEEP_SHAPE_WITH and _is_as_small(args)):
             return args[0]
-        if target is F.conv2d:
-            return _convolution(*args, **kwargs)
-        if name == "mean":
-            return _mean(*args, **kwargs)
+        rule = _RULES.get(name)
+        if rule is not None:
+            return rule(*args, **kwargs)
         return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
 
 
@@ -173,6 +172,35 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> T
     gone = {each % x.dim() for each in (dim if isinstance(dim, tuple | list) else (dim,))}
     sides = [1 if number in gone else side for number, side in enumerate(x.shape) if keepdim or number not in gone]
     return x.new_empty(sides)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    """F.linear of tensors without data."""
+    if x.shape[-1] != weight.shape[1]:
+        return F.linear(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _matmul(one: Tensor, other: Tensor) -> Tensor:
+    """torch.matmul of tensors without data."""
+    if one.dim() != 2 or other.dim() != 2 or one.shape[1] != other.shape[0]:
+        return torch.matmul(one, other)
+    return one.new_empty((one.shape[0], other.shape[1]))
+
+
+def _pooled(x: Tensor, size: Any) -> Tensor:
+    """F.adaptive_avg_pool2d of a tensor without data."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    return x.new_empty((*x.shape[:2], *sides)) if x.dim() == 4 and None not in sides else F.adaptive_avg_pool2d(x, size)
+
+
+_RULES: dict[str, Callable[..., Tensor]] = {
+    "conv2d": _convolution,
+    "mean": _mean,
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "__matmul__", "mm"), _matmul),
+    "adaptive_avg_pool2d": _pooled,
+}
 
 
 def _name(target: Any, args: Sequence[Any]) -> str:
