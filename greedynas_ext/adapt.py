@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from greedynas_ext import arguments
 from greedynas_ext.adapt_build import chain_of
 from greedynas_ext.adapt_cut import NotAChain, cut
+from greedynas_ext.adapt_elastic import Elastic, channels_of
 from greedynas_ext.adapt_find import NotFound, Traces, by_argument, by_attribute
 from greedynas_ext.adapt_select import ByArgument, ByFunction, Selection, kept_attributes
 from greedynas_ext.adapt_switches import by_attributes, by_function
@@ -36,7 +37,9 @@ def adapt(
     each layer, and with random paths. What an option changes is the layer; what is common stands before, between and
     after the layers as fixed blocks. So it does not matter where the candidates are kept (lists, dictionaries,
     attributes), how many a layer has, what classes they have, or what the forward does around them, such as adding a
-    shortcut. A forward that cannot be cut into a chain is called for each path.
+    shortcut. Elastic networks, in which a function (`select=`) says what blocks are, and forwards slice and transform
+    weights, are chains too: of the blocks that paths run. A forward that cannot be cut into a chain is called for each
+    path.
 
     Nothing is copied: training goes on with `module`, and the next evaluation sees its weights. Its structure may not
     change; where it did, evaluation raises RuntimeError.
@@ -73,14 +76,20 @@ def adapt(
     told = told_layers(choices, supernet)
     with kept_attributes(module):
         selection, traces, reason = _selection(supernet, told, select)
-        found = None
-        if reason is None:
+        found, traced = None, reason is None
+        if traced:
             try:
                 found = cut(selection, traces)
             except (NotAChain, Untraceable) as error:
                 reason = str(error)
+        elastic = None
+        if found is None and callable(select) and traced:
+            try:
+                elastic, reason = Elastic(supernet, selection, channels_of(supernet, example)), None
+            except (NotAChain, Untraceable) as error:
+                reason = str(error)
     chain, inlined = (None, None) if found is None else chain_of(found, selection, supernet)
-    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify, inlined)
+    adapted = AdaptedSupernet(supernet, selection, traces, found, chain, reason, verify, inlined, elastic)
     if example is not None and verify:
         adapted.verify(arguments.check_images("example", example, None))
     return adapted

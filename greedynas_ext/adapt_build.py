@@ -13,15 +13,17 @@ from greedynas_ext.adapt_select import Selection
 from greedynas_ext.adapt_trace import Supernet
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fx_trace import Untraceable
+from greedynas_ext.packing import IdentityWeights
 from greedynas_ext.recognise import Unrecognised, recognise_head, recognise_operation, recognise_stem
 from greedynas_ext.recognise_unit import recognise_unit
 
+_NOTHING = (Unrecognised, IdentityWeights)
 _LONGEST = 12  # parts of a fixed block that is recognised
 
 
 def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> tuple[Chain, dict[str, tuple[Part, ...]]]:
-    """The chain that does what `found` says, for paths of the selection's columns, and `_Builder.inlined`."""
-    builder = _Builder(supernet)
+    """The chain that does what `found` says, for paths of the selection's columns, and `Builder.inlined`."""
+    builder = Builder(supernet)
     stem, fixed = builder.stem(found.before)
     choices: list[tuple[nn.Module, ...]] = [(block,) for block in fixed]
     columns: list[int | None] = [None] * len(fixed)
@@ -38,7 +40,7 @@ def chain_of(found: Cut, selection: Selection, supernet: Supernet) -> tuple[Chai
     return chain, builder.inlined
 
 
-class _Builder:
+class Builder:
     """Groups what does not depend on choices so that as much of it as may be is recognised.
 
     Attributes:
@@ -66,29 +68,35 @@ class _Builder:
                 head = self._module(candidates[start:])
                 if not isinstance(recognise_head(head), Unrecognised):
                     return self.fixed(candidates[:start]), head
-        blocks = self.fixed(parts)
-        if any(map(_runs_fused, blocks[:-1])):
-            return blocks[:-1], blocks[-1]
-        return [], self._module(parts)
+        runs = self._runs(parts)
+        fused = [number for number, (_, weights) in enumerate(runs) if not isinstance(weights, _NOTHING)]
+        last = fused[-1] + 1 if fused else 0
+        rest = [part for run, _ in runs[last:] for part in run]
+        return [self._module(run) for run, _ in runs[:last]], self._module(rest)
 
     def fixed(self, parts: Sequence[Part]) -> list[nn.Module]:
         """The longest runs of parts that are recognised as an operation, units that branch, and what is between."""
-        blocks: list[nn.Module] = []
-        rest: list[Part] = []
+        return [self._module(run) for run, _ in self._runs(parts)]
+
+    def _runs(self, parts: Sequence[Part]) -> list[tuple[Sequence[Part], object]]:
+        """The same as parts, each with what it is recognised as."""
+        runs: list[tuple[Sequence[Part], object]] = []
         spread = self._spread(parts)
         start = 0
         while start < len(spread):
             for stop in range(min(len(spread), start + _LONGEST), start, -1):
-                block = self._module(spread[start:stop])
-                if _is_operation(block) or (stop == start + 1 and _branches(block)):
-                    blocks += [self._module(rest)] if rest else []
-                    blocks.append(block)
-                    rest, start = [], stop
+                weights = _described(self._module(spread[start:stop]), branching=stop == start + 1)
+                if not isinstance(weights, Unrecognised):
+                    runs.append((spread[start:stop], weights))
+                    start = stop
                     break
             else:
-                rest.append(spread[start])
+                if runs and isinstance(runs[-1][1], Unrecognised):
+                    runs[-1] = [*runs[-1][0], spread[start]], weights
+                else:
+                    runs.append(([spread[start]], weights))
                 start += 1
-        return blocks + ([self._module(rest)] if rest else [])
+        return runs
 
     def _as_it_is_and_spread(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
         yield parts
@@ -107,7 +115,7 @@ class _Builder:
 
     def _inside(self, name: str) -> tuple[Part, ...] | None:
         module = self._supernet.modules[name]
-        if not module._modules or _is_operation(module) or _branches(module):
+        if not module._modules or not isinstance(_described(module), Unrecognised):
             return None
         try:
             inner = self._supernet.inside(name)
@@ -117,18 +125,13 @@ class _Builder:
         return inner
 
 
-def _is_operation(module: nn.Module) -> bool:
-    return not isinstance(recognise_operation(module, None), Unrecognised)
-
-
-def _branches(module: nn.Module) -> bool:
-    """Whether it is a unit of several branches; one of a single branch is told as the operations in it."""
+def _described(module: nn.Module, branching: bool = True) -> object:
+    """As an operation, or, if `branching`, a unit of branches; one of a single branch is told as operations in a row."""
+    operation = recognise_operation(module, None)
+    if not isinstance(operation, Unrecognised) or not branching:
+        return operation
     unit = recognise_unit(module, None)
-    return not isinstance(unit, Unrecognised) and len(unit.branches) > 1
-
-
-def _runs_fused(module: nn.Module) -> bool:
-    return not isinstance(recognise_unit(module, None), Unrecognised)
+    return operation if isinstance(unit, Unrecognised) or len(unit.branches) == 1 else unit
 
 
 def _calls_one_module(part: Part) -> bool:

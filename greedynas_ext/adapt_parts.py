@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import fx
 
 from greedynas_ext.fx_trace import Untraceable
@@ -136,6 +139,53 @@ def joined(parts: tuple[Part, ...] | list[Part]) -> Part:
         first = len(calls)
         calls += [renumbered(call, lambda value, first=first: first + value) for call in part]  # type: ignore[misc]
     return tuple(calls)
+
+
+def executed(
+    calls: Iterable[tuple[str, Any, Any, Any]],
+    values: list[Any],
+    module: Callable[[Any], Callable[..., Any]],
+    tensor: Callable[[Any], Any],
+    unseen: Collection[int] = (),
+) -> Any:
+    """What the last of `calls` gives; `values` holds what number 0 stands for, and is added to.
+
+    `module` and `tensor` find what the targets of such calls name. Torch function modes do not see those numbered in
+    `unseen`.
+    """
+    for number, (kind, target, encoded_args, encoded_kwargs) in enumerate(calls, 1):
+        args = [decoded(each, values) for each in encoded_args]
+        kwargs = {key: decoded(each, values) for key, each in encoded_kwargs}
+        if kind == "module":
+            values.append(module(target)(*args, **kwargs))
+        elif kind == "tensor":
+            values.append(tensor(target))
+        else:
+            call = functools.partial(getattr(args[0], target), *args[1:]) if kind == "method" else target
+            with torch._C.DisableTorchFunction() if number in unseen else contextlib.nullcontext():
+                values.append(call(**kwargs) if kind == "method" else call(*args, **kwargs))
+    return values[-1]
+
+
+def of_image(part: Part) -> list[bool]:
+    """Whether value 0, and what each call gives, depends on value 0."""
+    found = [True]
+    for call in part:
+        found.append(any(found[value] for value in values_in(call)))
+    return found
+
+
+def decoded(argument: Argument, values: Sequence[Any]) -> Any:
+    """The argument that is meant, given the values that are numbered in it."""
+    kind, content = argument
+    if kind == "value":
+        return values[content]
+    if kind == "constant":
+        return content
+    if kind == "dict":
+        return {key: decoded(each, values) for key, each in content}
+    parts = [decoded(each, values) for each in content]
+    return slice(*parts) if kind == "slice" else tuple(parts) if kind == "tuple" else parts
 
 
 def _parts(calls: list[Call], output: int) -> tuple[Part, ...]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from greedynas_ext.adapt_parts import Argument, Part
+from greedynas_ext.adapt_parts import Part, executed, of_image
 from greedynas_ext.adapt_trace import Supernet
+from greedynas_ext.derived import StandIn, WithDerivedWeights, reader, stand_in_of
 
 
-class Segment(nn.Module):
+class Segment(WithDerivedWeights):
     """Runs the calls of a part. Modules and weights are the supernet's own."""
 
-    def __init__(self, part: Part, supernet: Supernet) -> None:
+    def __init__(self, part: Part, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         names: dict[str, str] = {}
         calls = []
@@ -24,31 +25,36 @@ class Segment(nn.Module):
             if call.kind == "module":
                 # The name that reasons and errors give.
                 target = names.setdefault(call.target, call.target.replace(".", "/") or "supernet")
-                self._modules[target] = supernet.modules[call.target]
+                self._modules[target] = modules[call.target]
             elif call.kind == "tensor":
                 target = len(self.tensors)
-                self.tensors.append(_reader(supernet.modules[call.target[0]], call.target[1]))
+                owner, name = call.target
+                self.tensors.append(reader(modules[owner], name))
+                if not modules[owner]._modules:  # its flags and buffers are looked after with those of the others
+                    self._modules[names.setdefault(owner, owner.replace(".", "/"))] = modules[owner]
             # Plain values, whose changes `recognise_cache` can see.
             calls.append((call.kind, target, call.args, call.kwargs))
         self.calls = tuple(calls)
+        # Products of weights with each other are no work on images, and normalise nothing.
+        self._of_weights = {number for number, depends in enumerate(of_image(part)) if not depends}
+        self._stand_in: tuple[Callable[[], StandIn | None], StandIn | None] | None = None
+        if self.tensors:
+            self._stand_in = (lambda: stand_in_of(part, modules, Segment)), None
 
     def forward(self, x: Tensor) -> Any:
         """What the part gives for the value that it reads."""
-        values: list[Any] = [x]
-        for kind, target, encoded_args, encoded_kwargs in self.calls:
-            args = [_decoded(each, values) for each in encoded_args]
-            kwargs = {key: _decoded(each, values) for key, each in encoded_kwargs}
-            if kind == "module":
-                child = self._modules[target]
-                assert child is not None
-                values.append(child(*args, **kwargs))
-            elif kind == "function":
-                values.append(target(*args, **kwargs))
-            elif kind == "method":
-                values.append(getattr(args[0], target)(*args[1:], **kwargs))
-            else:
-                values.append(self.tensors[target]())
-        return values[-1]
+        modules: Any = self._modules
+        return executed(self.calls, [x], modules.__getitem__, lambda number: self.tensors[number](), self._of_weights)
+
+    def stand_in(self) -> StandIn | None:
+        """What is recognised in its place, where functions in it are given weights."""
+        if self._stand_in is None:
+            return None
+        make, found = self._stand_in
+        if found is None or not found.is_current():
+            found = make()
+            self._stand_in = make, found
+        return found
 
 
 def module_of(part: Part, supernet: Supernet) -> nn.Module:
@@ -57,21 +63,4 @@ def module_of(part: Part, supernet: Supernet) -> nn.Module:
         return nn.Identity()
     if len(part) == 1 and part[0].kind == "module" and part[0].args == (("value", 0),) and not part[0].kwargs:
         return supernet.modules[part[0].target]
-    return Segment(part, supernet)
-
-
-def _reader(module: nn.Module, name: str) -> Callable[[], Any]:
-    """Reads a tensor of the supernet's when it is needed: training may have put another in its place."""
-    return lambda: getattr(module, name)
-
-
-def _decoded(argument: Argument, values: list[Any]) -> Any:
-    kind, content = argument
-    if kind == "value":
-        return values[content]
-    if kind == "constant":
-        return content
-    if kind == "dict":
-        return {key: _decoded(each, values) for key, each in content}
-    parts = [_decoded(each, values) for each in content]
-    return slice(*parts) if kind == "slice" else tuple(parts) if kind == "tuple" else parts
+    return Segment(part, supernet.modules)

@@ -7,9 +7,10 @@ writes down that it was called. So candidates need not be understood, only found
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -94,40 +95,24 @@ class Supernet:
             NeedsOpening: where a module that is not opened is told what to choose.
             Untraceable: saying why, from the exception that stopped it.
         """
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            raise Untraceable("global forward hooks are registered")
-        for _ in range(_ATTEMPTS):
-            generators = isolation._generator_states(_CPU)
-            try:
-                parts = self._trace(run, opened, self.module if start is None else start)
-            finally:
-                drawn = put_back(generators)
-            if not drawn:
-                return parts
-        raise Untraceable("forward draws random numbers")
+        return without_chance(lambda: self._trace(run, opened, self.module if start is None else start))
 
     def inside(self, name: str) -> tuple[Part, ...]:
         """What the forward of the module `name` does. Raises Untraceable."""
         return self.trace(lambda shadow, images: shadow(images), frozenset([name]), self.modules[name])
 
     def _trace(self, run: Run, opened: frozenset[str], start: nn.Module) -> tuple[Part, ...]:
-        tracer = _Tracer(fx.Graph())
+        tracer = SupernetTracer(fx.Graph())
         shadows = Shadows(self, tracer, opened)
-        try:
-            with Recorder():
-                output = run(shadows.of(start, ""), tracer.create_proxy("placeholder", "input", (), {}))
-                if start is self.module:
-                    output = self.pick(output)
-        except Untraceable:
-            raise
-        except TraceError as error:
-            raise Untraceable("forward depends on data") from error
-        except Exception as error:
-            raise Untraceable(f"forward: {first_line(error)}") from error
-        if not isinstance(output, fx.Proxy):
-            raise Untraceable(f"forward: expected one tensor computed from the images, got {type(output).__name__}")
-        tracer.create_node("output", "output", (output.node,), {})
-        return parts_of(tracer.graph)
+        with reasons(), Recorder():
+            output = run(shadows.of(start, ""), tracer.create_proxy("placeholder", "input", (), {}))
+            if start is self.module:
+                output = self.pick(output)
+        parts = finished(tracer, output)
+        meddled = sorted(shadows.switched() - opened)
+        if meddled:
+            raise Untraceable(f"forward sets what {meddled[0]} does")
+        return parts
 
     def switched(self, actions: Sequence[Callable[[nn.Module], Any]]) -> set[str]:
         """Names of the modules whose attributes any of `actions`, called on a shadow, sets to something else.
@@ -135,7 +120,7 @@ class Supernet:
         Raises:
             Untraceable: where an action fails on a shadow.
         """
-        shadows = Shadows(self, _Tracer(fx.Graph()), frozenset())
+        shadows = Shadows(self, SupernetTracer(fx.Graph()), frozenset())
         root = shadows.of(self.module, "")
         names: set[str] = set()
         for action in actions:
@@ -150,6 +135,45 @@ class Supernet:
         return names
 
 
+_Found = TypeVar("_Found")
+
+
+def without_chance(trace: Callable[[], _Found]) -> _Found:
+    """What `trace` gives. Raises Untraceable where it draws random numbers; generators are put back."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise Untraceable("global forward hooks are registered")
+    for _ in range(_ATTEMPTS):
+        generators = isolation._generator_states(_CPU)
+        try:
+            found = trace()
+        finally:
+            drawn = put_back(generators)
+        if not drawn:
+            return found
+    raise Untraceable("forward draws random numbers")
+
+
+@contextlib.contextmanager
+def reasons() -> Iterator[None]:
+    """Raises Untraceable for anything that stops a forward on symbols."""
+    try:
+        yield
+    except Untraceable:
+        raise
+    except TraceError as error:
+        raise Untraceable("forward depends on data") from error
+    except Exception as error:
+        raise Untraceable(f"forward: {first_line(error)}") from error
+
+
+def finished(tracer: SupernetTracer, output: Any) -> tuple[Part, ...]:
+    """The parts that lead to `output`. Raises Untraceable where that is no symbol."""
+    if not isinstance(output, fx.Proxy):
+        raise Untraceable(f"forward: expected one tensor computed from the images, got {type(output).__name__}")
+    tracer.create_node("output", "output", (output.node,), {})
+    return parts_of(tracer.graph)
+
+
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -162,7 +186,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-class _Tracer(ValueTracer):
+class SupernetTracer(ValueTracer):
     """Also takes the tensors of opened modules as arguments, by name."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -170,6 +194,7 @@ class _Tracer(ValueTracer):
         self.tensors: dict[int, tuple[Tensor, tuple[str, str]]] = {}  # stand-ins, kept alive, and what they are
 
     def create_arg(self, a: Any) -> Any:
+        """The name of a tensor that is known; of anything else what the graph keeps."""
         if not issubclass(type(a), fx.Proxy) and isinstance(a, Tensor) and id(a) in self.tensors:
             return self.create_node("get_attr", ":".join(self.tensors[id(a)][1]), (), {})
         return super().create_arg(a)
@@ -182,7 +207,7 @@ _SHADOWED = frozenset((*_HOOKS, "training", "_compiled_call_impl", "forward"))
 class Shadows:
     """Shadows of a module and of those in it."""
 
-    def __init__(self, supernet: Supernet, tracer: _Tracer, opened: frozenset[str]) -> None:
+    def __init__(self, supernet: Supernet, tracer: SupernetTracer, opened: frozenset[str]) -> None:
         self.supernet, self._tracer, self._opened = supernet, tracer, opened
         self._made: dict[int, nn.Module] = {}
         self._own: set[int] = set()
@@ -213,9 +238,6 @@ class Shadows:
         return names
 
     def _attributes(self, module: nn.Module, name: str) -> dict[str, Any]:
-        opens = name in self._opened
-        if opens:
-            self._check_open(module, name)
         prefix = f"{name}." if name else ""
         attributes = {
             key: self._separate(value, prefix + key)
@@ -230,9 +252,17 @@ class Shadows:
             attributes[hooks] = OrderedDict()  # a call of the module itself runs them
         attributes["training"] = False
         attributes["_compiled_call_impl"] = None
-        if not opens and type(module).forward is not nn.Module.forward:
-            attributes["forward"] = self._recorded(name)
+        forward = self._forward(module, name)
+        if forward is not None:
+            attributes["forward"] = forward
         return attributes
+
+    def _forward(self, module: nn.Module, name: str) -> Callable[..., Any] | None:
+        """What a call of the shadow runs; None: the module's own forward."""
+        if name in self._opened:
+            self._check_open(module, name)
+            return None
+        return self._recorded(name) if type(module).forward is not nn.Module.forward else None
 
     def _check_open(self, module: nn.Module, name: str) -> None:
         where = f"{name}: " if name else ""

@@ -36,10 +36,20 @@ _OTHERS = 5e-2
 _FEWEST = 8
 
 
-def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own, images: Tensor) -> str | None:
+def disagreement(
+    module: nn.Module, chain: Chain, paths: Sequence[Sequence[int]], own: Own, images: Tensor, *, keeps_state: bool
+) -> str | None:
     """Where the chain, or what is recognised of it, computes something else than `own(path, images)`; None: nowhere.
 
-    Each option of each layer is in one of the paths that are compared. Statistics are those of the images.
+    Operations that are in none of `paths` are not compared. Statistics are those of the images.
+
+    Args:
+        module: the supernet.
+        chain: what was made of it.
+        paths: to compare on.
+        own: the supernet's own forward.
+        images: to compare on.
+        keeps_state: whether the supernet may keep a state between calls: then its forward runs once more.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), images.dtype)
     images = images.to(dtype)
@@ -47,9 +57,8 @@ def disagreement(module: nn.Module, chain: Chain, sizes: Sequence[int], own: Own
         compared: set[tuple[int, int]] = set()
         # Each path on other images after others still, and the chain in the opposite order: a state kept between calls
         # shows.
-        paths = [[(number + layer) % size for layer, size in enumerate(sizes)] for number in range(max(sizes))]
         shifted = [images.roll(number, -1) for number in range(len(paths))]
-        for path in paths:
+        for path in paths if keeps_state else ():
             own(path, images.flip(-1))
         logits = [own(path, each.clone()) for path, each in zip(paths, shifted, strict=True)]
         for path, each, expected in zip(paths[::-1], shifted[::-1], logits[::-1], strict=True):
@@ -75,7 +84,7 @@ def _quiet(module: nn.Module, chain: Chain, device: torch.device) -> Iterator[No
 def _along(
     chain: Chain, path: Sequence[int], images: Tensor, expected: Tensor, compared: set[tuple[int, int]]
 ) -> str | None:
-    _, layers = chain.planned(torch.tensor([path]))
+    chain, layers = chain.planned(torch.tensor([path]))
     features = chain.stem(images.clone())
     if (-1, 0) not in compared:
         compared.add((-1, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from greedynas_ext.adapt_build import folded
 from greedynas_ext.adapt_cut import Cut
+from greedynas_ext.adapt_elastic import Elastic
 from greedynas_ext.adapt_find import Traces
 from greedynas_ext.adapt_parts import Part
 from greedynas_ext.adapt_select import Selection, kept_attributes
@@ -21,6 +23,7 @@ from greedynas_ext.adapt_watch import Watch
 from greedynas_ext.arguments import Chain
 
 _VERIFIED_IMAGES = 2
+_verifying = threading.Lock()  # a supernet's own forward may have to be switched for it
 
 
 @dataclass(frozen=True)
@@ -89,31 +92,39 @@ class AdaptedSupernet:
         reason: str | None,
         verify: bool,
         inlined: dict[str, tuple[Part, ...]] | None = None,
+        elastic: Elastic | None = None,
     ) -> None:
         self.module = supernet.module
         self.options = selection.options
         self.reason = reason
         self._selection = selection
-        self._unverified = verify and chain is not None
+        self._verifies = verify
+        self._unverified = reason is None
+        self._elastic = elastic
         self._adapted_chain: Chain
-        if chain is None:
+        if elastic is not None:
+            self._adapted_chain = elastic.chain
+        elif chain is None:
             identity = nn.Identity()
             self._adapted_chain = WholeSupernet(
                 identity, (), identity, (), selection.sizes, False, self.forward, (), self.module, reason or ""
             )
         else:
             self._adapted_chain = chain
-        self._watch = Watch(supernet, selection, traces, found, inlined or {})
+        self._watch = Watch(supernet, selection, traces, found, inlined or {}) if elastic is None else None
         self._supernet = supernet
 
     def __repr__(self) -> str:
         how = "a chain" if self.reason is None else f"called path by path: {self.reason}"
-        return f"AdaptedSupernet({type(self.module).__name__}, {len(self.options)} layers, {how})"
+        columns = "layers" if self._elastic is None else "choices"
+        return f"AdaptedSupernet({type(self.module).__name__}, {len(self.options)} {columns}, {how})"
 
     @functools.cached_property
     def _folded(self) -> tuple[nn.Module, tuple[tuple[nn.Module, ...], ...], nn.Module]:
         if self.reason is not None:
             raise AttributeError(f"{type(self.module).__name__} is no chain: {self.reason}")
+        if self._elastic is not None:
+            raise AttributeError(f"{type(self.module).__name__} is elastic: its layers are no columns of a path")
         return folded(self._adapted_chain, len(self.options))
 
     @property
@@ -170,7 +181,10 @@ class AdaptedSupernet:
 
     def check_unchanged(self, paths: Tensor) -> None:
         """Raises RuntimeError where the supernet's structure, or what its forward does for `paths`, has changed."""
-        self._watch.check(paths.tolist())
+        if self._elastic is not None:
+            self._elastic.check()
+        elif self._watch is not None:
+            self._watch.check(paths.tolist())
 
     def verify(self, images: Tensor) -> None:
         """Compares the chain, and what is recognised of it, with the supernet's own forward on a few of `images`.
@@ -183,14 +197,29 @@ class AdaptedSupernet:
         """
         if self.reason is not None:
             return
+        if self._elastic is None:
+            sizes = self._selection.sizes
+            paths = [tuple((number + layer) % size for layer, size in enumerate(sizes)) for number in range(max(sizes))]
+        else:
+            paths = self._elastic.unverified()
         problem = disagreement(
-            self.module, self._adapted_chain, self._selection.sizes, self._run, images[:_VERIFIED_IMAGES]
+            self.module,
+            self._adapted_chain,
+            paths,
+            self._run,
+            images[:_VERIFIED_IMAGES],
+            keeps_state=self._unverified,
         )
         if problem is not None:
             raise ValueError(f"supernet: {problem}")
         self._unverified = False
+        if self._elastic is not None:
+            self._elastic.verified(paths)
 
     def before_batch(self, images: Tensor) -> None:
         """Verifies on the first batch that is evaluated, where that was asked for."""
-        if self._unverified:
-            self.verify(images)
+        if not self._verifies:
+            return
+        with _verifying:
+            if self._unverified or (self._elastic is not None and self._elastic.unverified()):
+                self.verify(images)

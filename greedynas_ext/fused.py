@@ -17,6 +17,7 @@ from torch import Tensor
 
 from greedynas_ext import _library, arguments
 from greedynas_ext.block_layout import ACTIVATIONS, GATES, KINDS
+from greedynas_ext.derived import Origin, origin_of
 from greedynas_ext.fused_chain import FusedChain, operation_norms, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.packing import (
@@ -55,6 +56,7 @@ class Rows:
         self._sources: list[Any] = []  # where each tensor's values come from
         self._converted: list[tuple[Tensor, Tensor]] = []
         self._means: list[tuple[BatchNormWeights, Tensor]] = []
+        self._derived: list[tuple[Origin, Tensor]] = []
         self._rows: list[list[int]] = []
         self._eps: list[tuple[float, ...]] = []
 
@@ -80,6 +82,8 @@ class Rows:
     def refresh(self) -> None:
         """Computes once more what is not read where it lies."""
         with torch.no_grad():
+            for origin, derived in self._derived:
+                derived.copy_(origin.again())
             for source, converted in self._converted:
                 converted.copy_(source)
             for norm, mean in self._means:
@@ -94,15 +98,24 @@ class Rows:
         """Of the tensor's values, contiguous and of the dtype that the kernels read; 0 for None."""
         if tensor is None:
             return 0
+        where = self._where(tensor)
         if tensor.dtype != self._dtype or not tensor.is_contiguous():
             source = tensor.detach()
             tensor = source.to(self._dtype, memory_format=torch.contiguous_format, copy=True)
             self._converted.append((source, tensor))
-            self._sources.append((source.data_ptr(), source.dtype, source.stride()))
+            self._sources.append((where, source.dtype, source.stride()))
         else:
-            self._sources.append(tensor.data_ptr())
+            self._sources.append(where)
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+    def _where(self, tensor: Tensor) -> Any:
+        """The memory that the tensor's values come from."""
+        origin = origin_of(tensor)
+        if origin is None:
+            return tensor.data_ptr()
+        self._derived.append((origin, tensor))
+        return origin.where()
 
     def _convolution(self, weight: Tensor, stride: int, activation: str, bn: BatchNormWeights) -> None:
         """A dense convolution with BatchNorm."""
@@ -152,7 +165,7 @@ class Rows:
             return self._address(norm.running_mean)
         mean = self._mean_without_bias(norm)
         self._means.append((norm, mean))
-        self._sources += [(tensor.data_ptr(), tensor.dtype) for tensor in (norm.running_mean, norm.conv_bias)]
+        self._sources += [(self._where(tensor), tensor.dtype) for tensor in (norm.running_mean, norm.conv_bias)]
         self.kept.append(mean)
         return mean.data_ptr()
 

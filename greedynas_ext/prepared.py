@@ -40,6 +40,7 @@ class PreparedEvaluation:
         self,
         supernet: SupernetLike,
         paths: Tensor,
+        operations: Tensor,
         trie: Trie,
         engine: FusedEngine,
         device: torch.device,
@@ -52,7 +53,7 @@ class PreparedEvaluation:
         per_image: bool,
     ) -> None:
         self._supernet, self._paths, self._device = supernet, paths, device
-        self._trie, self._engine = trie, engine
+        self._operations, self._trie, self._engine = operations, trie, engine
         self._images, self._targets, self._calibration = images, targets, calibration
         self._k, self._bn, self._per_image = k, bn, per_image
         self._captured = False
@@ -89,9 +90,11 @@ class PreparedEvaluation:
         Warns:
             RuntimeWarning: where fewer than `k` losses are finite.
         """
-        chain, _ = evaluate.planned(self._supernet, Chain.of(self._supernet), self._paths)
-        with held_interrupts(), torch.no_grad():
-            described = FusedChain.of(chain, self._trie, self._device)
+        chain, operations = evaluate.planned(self._supernet, Chain.of(self._supernet), self._paths)
+        described: FusedChain | str = "paths run other operations"
+        if torch.equal(operations, self._operations):
+            with held_interrupts(), torch.no_grad():
+                described = FusedChain.of(chain, self._trie, self._device)
         if isinstance(described, str) or not self._engine.reads_what(described):
             why = f": {described}" if isinstance(described, str) else ""
             raise RuntimeError(
@@ -161,5 +164,16 @@ def prepare_paths(
         supernet.before_batch(images)
     engine = evaluate.fused_engine(described, trie, where, kind, bn, label_smoothing, max_memory, profile=False)
     return PreparedEvaluation(
-        supernet, checked_paths, trie, engine, where, images, targets, calibration, k=k, bn=bn, per_image=per_image
+        supernet,
+        checked_paths,
+        operations,
+        trie,
+        engine,
+        where,
+        images,
+        targets,
+        calibration,
+        k=k,
+        bn=bn,
+        per_image=per_image,
     )

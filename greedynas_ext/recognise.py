@@ -2,7 +2,8 @@
 
 Class and attribute names play no part: a module is traced (`fx_trace`), its graph is read as steps (`fx_read`), and
 the steps are matched here. A description holds the module's own tensors, so that later writes to them are seen, and
-it is kept until the module changes (`recognise_cache`).
+it is kept until the module changes (`recognise_cache`). Weights that are computed of others (`derived`) are computed
+anew for each description.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from greedynas_ext.block_layout import ACTIVATIONS, GATES
+from greedynas_ext.derived import WithDerivedWeights, resolved
 from greedynas_ext.fx_read import read_steps
 from greedynas_ext.fx_steps import Mismatch, Step, Steps, pair
 from greedynas_ext.fx_trace import RandomNumbersDrawn, Untraceable, first_line, refusal, trace
@@ -94,6 +96,9 @@ def recognise(
         return Unrecognised("not a module")
     key = (role, in_channels)
     try:
+        stand_in = module.stand_in() if isinstance(module, WithDerivedWeights) else None
+        if stand_in is not None:
+            return resolved(recognise(stand_in.module, role, in_channels, describe), stand_in.weights)
         known: _Description | Unrecognised | None = _cache.get(module, key)
         if known is not None:
             return known

@@ -25,6 +25,7 @@ from foreign_by_attribute import (
     set_mutables,
 )
 from foreign_by_path import FairNet, KeyedNet, ScarletNet, ShuffleOneShot, SplitNet
+from foreign_elastic import ONCE, make_once, set_once
 from supernets import randomise
 from torch import Tensor, nn
 
@@ -38,6 +39,11 @@ class Foreign:
     run: Callable[[Any, Tensor, Sequence[int]], Tensor]
     share: float  # of MACs that has to run fused
     arguments: dict[str, Any] = field(default_factory=dict)
+    layers: int | None = None  # where they are no columns of a path
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sizes) if self.layers is None else self.layers
 
 
 def by_argument(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
@@ -66,6 +72,11 @@ def elastic(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
     return net(images)
 
 
+def once(net: Any, images: Tensor, path: Sequence[int]) -> Tensor:
+    set_once(net, [values[op] for values, op in zip(ONCE, path, strict=True)])
+    return net(images)
+
+
 FOREIGN: dict[str, Foreign] = {
     "spos": Foreign(ShuffleOneShot, (4, 4, 4, 4), by_argument, 0.95),
     "split units": Foreign(SplitNet, (2, 4, 2), by_names, 0.95),
@@ -76,7 +87,11 @@ FOREIGN: dict[str, Foreign] = {
     "layer choice": Foreign(LayerChoiceNet, (4, 5, 5), after(set_layer_choices), 0.95),
     "mutable ops": Foreign(Classifier, (7, 6, 7, 6), after(set_mutables), 0.95),
     "keyed": Foreign(KeyedNet, (3, 2, 2), by_keys, 0.0, {"output": 0}),
-    "elastic": Foreign(ElasticNet, (2, 2, 3, 2, 3), elastic, 0.0, {"choices": ELASTIC, "select": set_elastic}),
+    "elastic": Foreign(ElasticNet, (2, 2, 3, 2, 3), elastic, 0.0, {"choices": ELASTIC, "select": set_elastic}, 4),
+    "once for all": Foreign(make_once, tuple(map(len, ONCE)), once, 1.0, {"choices": ONCE, "select": set_once}, 6),
+    "once for all, mobile": Foreign(
+        lambda: make_once(mobile=True), tuple(map(len, ONCE)), once, 0.9, {"choices": ONCE, "select": set_once}, 6
+    ),
 }
 
 

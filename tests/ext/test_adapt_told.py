@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_by_attribute import ELASTIC, MixedEdge, set_elastic, set_mixed_edges
+from foreign_by_attribute import ELASTIC, ElasticNet, MixedEdge, set_elastic, set_mixed_edges
 from foreign_by_path import FairNet, mb
 from foreign_supernets import FOREIGN, after, by_argument, covering, elastic, make, own_losses
 from supernets import draw_images, randomise, relative_error
@@ -98,6 +98,11 @@ class Branching(FairNet):
         return super().forward(x if x.sum() > 0 else x * 2, choice)
 
 
+class BranchingElastic(ElasticNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else x * 2)
+
+
 class TwoAtOnce(nn.Module):
     """Two choices read the same map."""
 
@@ -149,8 +154,8 @@ NO_CHAINS: list[tuple[str, Any, tuple[int, ...], Any, dict[str, Any]]] = [
     ("forward does something else", Entangled, (3, 2), by_argument, {}),
     ("layers 0 and 1 are not one after the other", SharedEdge, (2, 2), after(set_mixed_edges), {}),
     (
-        "forward calls __getitem__ on something else",
-        FOREIGN["elastic"].make,
+        "forward depends on data",
+        BranchingElastic,
         tuple(map(len, ELASTIC)),
         elastic,
         {"choices": ELASTIC, "select": set_elastic},
