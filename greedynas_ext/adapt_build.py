@@ -126,7 +126,7 @@ class Builder:
 
 
 def _described(module: nn.Module, branching: bool = True) -> object:
-    """As an operation, or, if `branching`, a unit of branches; one of a single branch is told as operations in a row."""
+    """As an operation, or, if `branching`, a unit of branches; one of a single branch is operations in a row."""
     operation = recognise_operation(module, None)
     if not isinstance(operation, Unrecognised) or not branching:
         return operation
