@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from greedynas import spaces
 from greedynas.data import load_data
@@ -11,6 +12,10 @@ from greedynas.retraining import retrain
 from greedynas.runs import Task
 from greedynas.search import search
 from greedynas.training import train
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

@@ -1,7 +1,0 @@
-"""For all tests."""
-
-from hypothesis import settings
-
-# How long an example takes depends on what else the machine does.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
