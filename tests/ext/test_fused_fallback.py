@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "another operation": (set_("choices.1.0", Halved), "supernet.choices[1][0]: "),
     "another activation": (set_("choices.1.0.expand.act", nn.GELU), "supernet.choices[1][0]: "),
-    "two activations": (set_("choices.1.0.expand.act", nn.SiLU), "supernet.choices[1][0]: "),
+    "no activation": (set_("choices.1.0.expand.act", nn.Identity), "supernet.choices[1][0]: "),
     "another normalisation": (
         set_("choices.1.0.expand.bn", lambda: nn.GroupNorm(4, 36, dtype=torch.float64)),
         "supernet.choices[1][0]: ",
