@@ -79,6 +79,7 @@ class AdaptedSupernet:
     Attributes:
         module: the supernet.
         options: for each column of the paths what stands for its options: positions, keys or values of attributes.
+            In an elastic network a column may decide in several layers, and several columns in one.
         reason: why the supernet is called path by path; None for a chain.
     """
 

@@ -32,7 +32,7 @@ class EvaluationPlan:
 
     Attributes:
         num_paths: m.
-        num_layers: choice layers of the supernet.
+        num_layers: choice layers of the supernet; of an elastic one the places where paths differ.
         unique_nodes: operations that were run: unique prefixes of the paths.
         nodes_per_layer: the same for each layer.
         traversal: "depth-first" or "layer-by-layer".

@@ -19,7 +19,15 @@ from test_adapt import FP64
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from greedynas_ext import AdaptedSupernet, adapt, adapt_verify, evaluate_paths, prepare_paths
+from greedynas_ext import (
+    AdaptedSupernet,
+    ExploitSchedule,
+    PathFilter,
+    adapt,
+    adapt_verify,
+    evaluate_paths,
+    prepare_paths,
+)
 from greedynas_ext.packing import InvertedBottleneckWeights
 
 SIZES = tuple(map(len, ONCE))
@@ -403,6 +411,17 @@ def test_stages_are_named_after_the_blocks() -> None:
     assert result.profile is not None
     names = ["stem", *(f"body.{number}" for number in range(6)), "fixed 0", "head", "loss"]
     assert sorted(stage.stage for stage in result.profile) == sorted(names)
+
+
+def test_a_path_filter_draws_sub_networks() -> None:
+    _, view = net_and_view()
+    schedule, generator = ExploitSchedule(warmup_steps=0, total_steps=4), torch.Generator().manual_seed(0)
+    path_filter = PathFilter(view, m=4, k=2, pool_size=8, schedule=schedule, generator=generator)
+    kept = path_filter.draw(*BATCH)
+    assert kept.shape == (2, len(ONCE))
+    assert path_filter.last is not None
+    losses = evaluate_paths(view, kept, *BATCH).losses
+    assert relative_error(losses, path_filter.last.evaluation.losses.sort().values[:2]) < FP64
 
 
 def test_no_columns() -> None:
