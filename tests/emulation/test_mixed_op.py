@@ -121,6 +121,15 @@ def test_statistics_given_back_repeat_the_outputs_bit_for_bit(compute: Any, into
     assert torch.equal(used_again, used)
 
 
+@pytest.mark.parametrize("cuda", ["fp32"], indirect=True)
+def test_few_pixels(compute: Any) -> None:
+    """Small enough for the thread sanitizer."""
+    case = Case.of([Spec(se=2), ConvSpec("relu")], (2, 2, 2, 5), 6, nodes=[(0, 0), (1, 0), (0, 1)], inputs=2)
+    found = compute(case)
+    check(found, case.expected(None))
+    assert torch.equal(compute(case, found[1])[0], found[0])
+
+
 @of_floats
 def test_columns_without_use_do_not_matter(compute: Any) -> None:
     case = Case.of([*SPECS, None], (2, 5, 6, 10), 10)
