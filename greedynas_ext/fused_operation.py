@@ -10,7 +10,7 @@ from torch import Tensor
 from greedynas_ext import ops
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.block_layout import PackedBlock
-from greedynas_ext.fused_chain import operation_macs, operation_norms, operation_shape
+from greedynas_ext.fused_chain import operation_macs, operation_norms, operation_numbers, operation_shape
 from greedynas_ext.intercept import Interceptor
 from greedynas_ext.packing import (
     ConvBNWeights,
@@ -58,8 +58,15 @@ class FusedOperation:
         output, used = ops.mixed_op(x.permute(0, 2, 3, 1)[None], self._index, self._index, self._block, statistics)
         if policy == "capture":
             self._interceptor.statistics.append((used, used))
-        self._interceptor.macs += len(x) * operation_macs(self._weights, (x.shape[2], x.shape[3]))
+        macs = len(x) * operation_macs(self._weights, (x.shape[2], x.shape[3]))
+        self._interceptor.macs += macs
+        self._interceptor.macs_fused += macs
         return output[0].permute(0, 3, 1, 2)
+
+    def written(self, x: Tensor, of_batch: bool) -> int:
+        """Bytes that the kernels write to maps for [N, C, H, W]."""
+        numbers = operation_numbers(self._weights, (x.shape[2], x.shape[3]), of_batch)
+        return len(x) * numbers * x.element_size()
 
 
 def with_fused_operations(

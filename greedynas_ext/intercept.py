@@ -76,6 +76,7 @@ class Interceptor(TorchFunctionMode):
         statistics: filled by "capture" and consumed, from the front, by "constants".
         macs: multiply-accumulates of convolutions, linear layers, matrix products and attention since it was last
             set to 0, summed over the images of the batch.
+        macs_fused: those of them that fused kernels ran.
         needs_batch: set to True by a batch normalisation that stored statistics do not serve.
         place: what is being run, for error messages.
     """
@@ -85,7 +86,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.normalisation: Normalisation = "batch"
         self.statistics: Statistics = []
-        self.macs = 0
+        self.macs = self.macs_fused = 0
         self.needs_batch = False
         self.place = "the supernet"
         self._outer: Interceptor | None = None

@@ -14,7 +14,7 @@ from greedynas_ext.arguments import Chain
 from greedynas_ext.fused import FusedEngine
 from greedynas_ext.module_engine import ModuleEngine
 from greedynas_ext.plan import EvaluationPlan, Trie
-from greedynas_ext.runner import StageProfile
+from greedynas_ext.profile import StageProfile
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PathEvaluation:
         image_losses: [m, N] loss of each image, on request.
         plan: what was computed, and what sharing prefixes saved.
         statistics: in words, which statistics the batch normalisations used.
-        profile: time, operations and bytes by stage, on request.
+        profile: time, operations and bytes by stage and its parts, on request.
     """
 
     losses: Tensor

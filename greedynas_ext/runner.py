@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.fused_operation import FusedOperation
 from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
 from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
+from greedynas_ext.profile import Profile
+from greedynas_ext.ranges import named
+from greedynas_ext.work import Cost, Traffic
 
-
-@dataclass(frozen=True)
-class StageProfile:
-    """What one stage ("stem", "layer 0", ..., "head", "loss") took, summed over batches.
-
-    Attributes:
-        seconds: wall time; on a GPU the device is synchronised around each operation for it.
-        calls: operations run.
-        macs: multiply-accumulates of convolutions, linear layers and matrix products.
-        bytes: of the outputs that the stage's operations returned.
-    """
-
-    stage: str
-    seconds: float
-    calls: int
-    macs: int
-    bytes: int
-
-
-class Profile:
-    """Adds up `StageProfile`s in order of first appearance; does nothing unless `enabled`."""
-
-    def __init__(self, enabled: bool, device: torch.device) -> None:
-        self.enabled = enabled
-        self._device = device
-        self._totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])
-
-    def now(self) -> float:
-        """Seconds on a monotonic clock, the device's work done."""
-        if self.enabled and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def add(self, stage: str, since: float, macs: int, output_bytes: int) -> None:
-        """One operation of `stage` has run since the time `since`."""
-        if self.enabled:
-            for slot, value in enumerate((self.now() - since, 1, macs, output_bytes)):
-                self._totals[stage][slot] += value
-
-    def stages(self) -> tuple[StageProfile, ...]:
-        """The sums so far: stem, layers, head, loss."""
-        return tuple(
-            StageProfile(stage, seconds, int(calls), int(macs), int(size))
-            for stage, (seconds, calls, macs, size) in self._totals.items()
-        )
+_ALONE = ("stem", "head")  # stages of one part
 
 
 class _Readers:
@@ -109,10 +64,10 @@ class Runner:
             for tensor in (*inner._parameters.values(), *inner._buffers.values())
             if tensor is not None
         }
-        # per image, of the batch that ran last
-        self.stem_macs = 0
-        self.node_macs = [0] * len(trie.nodes)
-        self.head_macs: dict[int, int] = {}
+        # of one image, of the batch that ran last
+        self.stem_cost = Cost(0, 0, 0)
+        self.node_costs = [self.stem_cost] * len(trie.nodes)
+        self.head_costs: dict[int, Cost] = {}
 
     def run(
         self,
@@ -121,17 +76,19 @@ class Runner:
         normalisation: Normalisation,
         on_logits: Callable[[int, Tensor], None],
         safe_point: Callable[[], None],
+        traffic: Traffic | None = None,
     ) -> None:
         """Calls `on_logits(leaf, logits [N, classes])` for each leaf of the trie.
 
         With `normalisation` "capture" the statistics of each node are kept, with "constants" those are used.
-        `safe_point` is called before each operation and may raise.
+        `safe_point` is called before each operation and may raise. `traffic`, where it is active, counts bytes.
         """
         count = len(images)
+        self._traffic = traffic
         readers = _Readers()
         readers.add(images)  # the caller's
         with self._interceptor:
-            output, macs = self._call(
+            output, self.stem_cost = self._call(
                 "stem",
                 ("stem", STEM),
                 self._chain.stem,
@@ -139,7 +96,6 @@ class Runner:
                 normalisation,
                 "supernet.stem",
             )
-            self.stem_macs = macs // count
             # with what `version_of` said when they were made
             outputs: dict[int, tuple[Tensor, int]] = {STEM: (output, version_of(output))}
             readers.add(output)
@@ -156,7 +112,7 @@ class Runner:
                         f"buffer"
                     )
                 alone = frees_parent and readers.of(source) == 1
-                output, macs = self._call(
+                output, self.node_costs[number] = self._call(
                     self._chain.stage(node.layer),
                     ("node", number),
                     operation,
@@ -164,7 +120,6 @@ class Runner:
                     normalisation,
                     self._place(number),
                 )
-                self.node_macs[number] = macs // count
                 if frees_parent:
                     del outputs[node.parent]
                     readers.remove(source)
@@ -176,11 +131,10 @@ class Runner:
                     continue
                 if readers.of(output) and not only_reads(self._chain.head):
                     output = output.clone()
-                logits, macs = self._call(
+                logits, self.head_costs[number] = self._call(
                     "head", ("head", number), self._chain.head, output, normalisation, "supernet.head"
                 )
                 del output
-                self.head_macs[number] = macs // count
                 if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
                     raise ValueError(
                         f"supernet.head: expected floating logits [{count}, classes], got "
@@ -204,21 +158,25 @@ class Runner:
         source: Tensor,
         normalisation: Normalisation,
         place: str,
-    ) -> tuple[Tensor, int]:
-        interceptor = self._interceptor
-        interceptor.normalisation, interceptor.place, interceptor.macs = normalisation, place, 0
+    ) -> tuple[Tensor, Cost]:
+        interceptor, traffic = self._interceptor, self._traffic
+        interceptor.normalisation, interceptor.place = normalisation, place
+        interceptor.macs = interceptor.macs_fused = 0
         interceptor.statistics = list(self._captured[key]) if normalisation == "constants" else []
-        since = self._profile.now()
-        with record_function(f"greedynas: {place}"):
+        since, before = self._profile.now(), 0 if traffic is None else traffic.written
+        with named(stage if stage in _ALONE else f"{stage}: {place}", source.device):
             output = call(operation, source, place)
+        written = 0 if traffic is None else traffic.written - before
+        if traffic is not None and isinstance(operation, FusedOperation) and interceptor.macs_fused:
+            written = operation.written(source, traffic.of_batch)
         if output.untyped_storage().data_ptr() in self._owned:
             output = output.clone()
         if normalisation == "capture":
             self._captured[key] = interceptor.statistics
         elif normalisation == "constants" and interceptor.statistics:
             raise RuntimeError(f"{place} normalised less often than it did on the calibration images")
-        self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size())
-        return output, interceptor.macs
+        self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size(), place)
+        return output, Cost.of_images(len(source), interceptor.macs, interceptor.macs_fused, written)
 
 
 def call(operation: Operation, source: Tensor, place: str) -> Tensor:
