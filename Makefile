@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/kernels/*.h csrc/cpu/kernels/amx/*.h csrc/cuda/*)
 
-.PHONY: help setup demo test test-slow check format bench gpu-check emulate-report clean
+.PHONY: help setup demo test test-slow check format bench bench-kernels gpu-check emulate-report clean
 help:
 	@echo "make demo       GreedyNAS on real images, some minutes on 2 cores; says where the report is"
 	@echo "make test       the tests, with coverage"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy and clang-format"
 	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
+	@echo "make bench-kernels  single operations beside plain torch, some minutes"
 	@echo "make gpu-check  tests and times on this machine's GPU, in one file"
 	@echo "make emulate-report  what can be known of the CUDA kernels without a GPU; needs nvcc and nvdisasm"
 
@@ -52,7 +53,10 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp' 'bench/*.h' 'bench/*.cu')
 
 bench: setup
-	$(BIN)/python bench/evaluate_paths.py --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
+	$(BIN)/python -m greedynas_ext.bench --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
+
+bench-kernels: setup
+	$(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,min,rounds
 
 gpu-check: setup
 	$(BIN)/python bench/gpu_check.py --output gpu-check.json
