@@ -47,4 +47,5 @@ def test_wheel_in_another_environment(tmp_path):
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     assert "tensor(" in run(python, "-c", USE, PYTHONPATH="")
     assert "left out" in run(python, "-m", "greedynas_ext.info", PYTHONPATH="")
+    assert "name=mbv2-7-pool-bf16" in run(python, "-m", "greedynas_ext.bench", "--list", PYTHONPATH="")
     assert "train" in run(str(tmp_path / "venv/bin/greedynas"), "--help", PYTHONPATH="")
