@@ -21,7 +21,7 @@ from greedynas_ext.plan import STEM
 from greedynas_ext.work import Cost, Work
 
 # Multiply-accumulates that take as long as writing a byte of a map and reading it again.
-_MACS_PER_BYTE = {"fp64": 4.0, "fp32": 8.0, "bf16": 20.0, "fp16": 20.0}
+_MACS_PER_BYTE = {"fp64": 4.0, "fp32": 8.0, "bf16": 32.0, "fp16": 32.0}
 
 
 def explain(
@@ -41,9 +41,11 @@ def explain(
     fused engine costs follows from shapes. An adapted supernet is not compared with its own forward here (`verify` does
     that). Calibration images, with bn="recalibrated", are taken to be as large as the images.
 
-    The expected share of time is a model: multiply-accumulates, plus 8 in float32 (4 in float64, 20 with 16 bits) for
+    The expected share of time is a model: multiply-accumulates, plus 8 in float32 (4 in float64, 32 with 16 bits) for
     each byte that is written to a map and read again. It knows nothing of caches, instruction sets, or how well a
-    shape suits the kernels: `evaluate_paths(..., profile=True)` measures.
+    shape suits the kernels. On 2 cores of a Xeon with AMX it gave 4% to 15% of the time in float32, and 12% to 32% in
+    bfloat16, to another stage than took it (`mbv2-7`, `mini-28`, `mini-16`); `evaluate_paths(..., profile=True)`
+    measures.
 
     Args:
         supernet: as for `evaluate_paths`.

@@ -264,13 +264,11 @@ def operation_macs(block: OperationWeights, into: Size) -> int:
 def operation_numbers(block: OperationWeights, into: Size, of_batch: bool) -> int:
     """Numbers that the kernels of an operation write to maps, for one image of size `into`.
 
-    With the statistics of the batch (`of_batch`) the depthwise output is kept, and the output is written twice.
+    The depthwise output, which stays in the cache where statistics are known, and the output, with the statistics of
+    the batch (`of_batch`) twice.
     """
     if isinstance(block, IdentityWeights):
         return 0
     _, out, stride = operation_shape(block)
-    area = _area(_after(into, stride))
-    if not of_batch:
-        return area * out
     hidden = 0 if isinstance(block, ConvBNWeights) else block.depthwise.shape[0]
-    return area * (int(hidden) + 2 * out)
+    return _area(_after(into, stride)) * (int(hidden) + (1 + of_batch) * out)

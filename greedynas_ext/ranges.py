@@ -20,7 +20,7 @@ def profiling() -> bool:
 def named(name: str, device: torch.device | None = None) -> AbstractContextManager[Any]:
     """The range "greedynas: `name`" around a body; where nobody records, next to nothing.
 
-    NVTX ranges, which cost less than a microsecond where no tool listens, are pushed for a `device` that is a GPU.
+    For a `device` that is a GPU an NVTX range is pushed where no profiler of torch's records.
     """
     if profiling():
         return record_function(f"greedynas: {name}")

@@ -182,7 +182,7 @@ def test_bytes_written_by_modules_and_by_kernels() -> None:
     small = small_supernet(torch.float32)
     paths = torch.tensor([[0, 0, 0], [0, 0, 3]])
     images = draw_images(2, 17, dtype=torch.float32)[0]
-    for bn, numbers in (("batch", 27 + 2 * 12), ("running", 12)):
+    for bn, numbers in (("batch", 27 + 2 * 12), ("running", 27 + 12)):
         stage = explain(small, paths, images, bn=bn).stages[1]  # type: ignore[arg-type]
         assert stage.written == 4 * 9 * 9 * numbers, bn  # e3k3 from 9 to 12 channels at 9x9
     half = explain(small, paths, images, precision="bf16").stages[1].written
