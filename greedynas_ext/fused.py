@@ -193,6 +193,7 @@ class FusedEngine:
         self._dtype, self._map_bytes = _DTYPES[precision], _MAP_BYTES[precision]
         self._statistics = module.Statistics
         self._leaves = [number for number, node in enumerate(trie.nodes) if node.layer == trie.num_layers - 1]
+        self._stages = ["stem", *map(fused.chain.stage, range(trie.num_layers)), "head", "loss"]
         self._resolution = (0, 0)
         self.traversal, self.split = "depth-first", 1
 
@@ -296,15 +297,11 @@ class FusedEngine:
         layers = [0] * self._trie.num_layers
         for node, macs in zip(self._trie.nodes, nodes, strict=True):
             layers[node.layer] += macs
-        names = self._stage_names()
         work = [stem, *layers, head * len(self._leaves), 0]
         return tuple(
             StageProfile(name, seconds, calls, images * macs, size, parts)
-            for name, (seconds, calls, size, parts), macs in zip(names, self._times(), work, strict=True)
+            for name, (seconds, calls, size, parts), macs in zip(self._stages, self._times(), work, strict=True)
         )
-
-    def _stage_names(self) -> list[str]:
-        return ["stem", *map(self._fused.chain.stage, range(self._trie.num_layers)), "head", "loss"]
 
     def _times(self) -> Sequence[tuple[float, int, int, dict[str, float]]]:
         """Seconds, calls and bytes of outputs, and seconds of parts, of each stage."""

@@ -130,7 +130,7 @@ class CudaEngine(FusedEngine):
         stage = int(self._evaluation.next_stage())
         if stage < 0:
             return stage
-        with named(self._stage_names()[stage], self._device):
+        with named(self._stages[stage], self._device):
             return int(self._evaluation.advance())
 
     def _event(self) -> Any:

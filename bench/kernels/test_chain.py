@@ -39,6 +39,20 @@ def test_chain(timed: Any, evaluated: Any, by: str, bn: Any) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kernels_by_stage(benchmark: Any, evaluated: Any, precision: Any) -> None:
+    """Milliseconds of each kernel of the blocks, all layers together, stand in the saved file as extra_info."""
+    benchmark.group = f"kernels_by_stage, {SPACE}, {IMAGES} images, {PATHS} paths"
+    result = benchmark(evaluate_paths, *evaluated, precision=precision, fused=True, profile=True)
+    parts: dict[str, float] = {}
+    for stage in result.profile:
+        for part, seconds in stage.parts.items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    benchmark.extra_info.update({part: 1e3 * seconds for part, seconds in parts.items()})
+    assert {"expand and depthwise", "project", "finish", "statistics"} <= parts.keys()
+    assert sum(parts.values()) <= sum(stage.seconds for stage in result.profile)
+
+
 def test_recognition_and_packing(timed: Any, evaluated: Any) -> None:
     """What an evaluation does before it computes: the least that is left on one image."""
     supernet, paths, images, targets = evaluated

@@ -53,7 +53,7 @@ def _of_ceilings(result: dict[str, Any]) -> str:
     if not shares:
         return "-"
     name = max(shares, key=lambda each: shares[each])
-    return f"{shares[name]:.0%} {name[:7]}"
+    return f"{shares[name]:.0%} {name}"
 
 
 def record(result: dict[str, Any]) -> dict[str, Any]:
