@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/kernels/*.h csrc/cpu/kernels/amx/*.h csrc/cuda/*)
 
-.PHONY: help setup demo test test-slow check format docs bench gpu-check emulate-report clean
+.PHONY: help setup demo test test-slow check format docs bench bench-kernels gpu-check emulate-report clean
 help:
 	@echo "make demo       GreedyNAS on real images, some minutes on 2 cores; says where the report is"
 	@echo "make test       the tests, with coverage"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy and clang-format"
 	@echo "make docs       the documentation site, in site/; warnings are errors"
 	@echo "make bench      evaluate_paths against PyTorch, on a quiet machine, most of an hour; bench/ has more"
+	@echo "make bench-kernels  single operations beside plain torch, some minutes"
 	@echo "make gpu-check  tests and times on this machine's GPU, in one file"
 	@echo "make emulate-report  what can be known of the CUDA kernels without a GPU; needs nvcc and nvdisasm"
 
@@ -57,7 +58,10 @@ docs: $(VENV)/.dependencies
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: setup
-	$(BIN)/python bench/evaluate_paths.py --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
+	$(BIN)/python -m greedynas_ext.bench --eager --tuned-malloc --rounds 7 --output bench/results/tuned-malloc.json
+
+bench-kernels: setup
+	$(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,min,rounds
 
 gpu-check: setup
 	$(BIN)/python bench/gpu_check.py --output gpu-check.json

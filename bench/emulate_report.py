@@ -69,8 +69,8 @@ import torch
 from emulated_cases import KERNELS, PARTS, UNITS, Case, cases
 from emulated_traffic import LIMITS, LOOP, SHARED_BYTES, Device, sides
 from emulation_build import build_traced  # emulated_traffic knows where it is
-from measure import machine
 
+from greedynas_ext.bench.measure import machine
 from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import make_images, make_paths, make_supernet, make_targets
-from measure import interleave, machine
-from ways import WAYS, reference_losses
 
 from greedynas import get_space
 from greedynas_ext import evaluate_paths
+from greedynas_ext.bench.inputs import make_images, make_paths, make_targets
+from greedynas_ext.bench.measure import interleave, machine
+from greedynas_ext.bench.subjects import make_supernet
+from greedynas_ext.bench.ways import WAYS, reference_losses
 from greedynas_ext.strict_json import write_json
 
 OURS = "evaluate_paths"
@@ -72,7 +73,7 @@ def main() -> None:
     ways: dict[str, Callable[[], list[float]]] = {OURS: ours}
     for way in WAYS:
         wanted = way.name in options.ways if options.ways else options.compile or not way.compiled
-        if way.precision == "bf16" and "batch" in way.policies and wanted:
+        if way.precision == "bf16" and "batch" in way.policies and way.serves(supernet) and wanted:
             ways[way.name] = way.make(supernet, paths, images, targets, "batch")
     results: dict[str, Any] = {
         "command": sys.argv,

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
 
 from greedynas_ext import _library
+from greedynas_ext.bench.measure import machine
 from greedynas_ext.strict_json import write_json
 
 ROOT = Path(__file__).resolve().parents[1]

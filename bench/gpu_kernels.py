@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from kernel_nodes import Node, Nodes
-from measure import machine
 
 from greedynas_ext import _library
+from greedynas_ext.bench.measure import machine
 from greedynas_ext.strict_json import write_json
 
 # Height and width, channels in and out, stride, of the choice layers of mbv2-7 at 224x224.

@@ -22,13 +22,13 @@ from typing import Any
 from gpu_model_page import page
 from gpu_nodes import Measurable, Node, evaluation, layer_nodes
 from gpu_traffic import Counted, Traffic
-from inputs import make_paths
 from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, pieces, plain, pointwise
 from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels, gencode
 from occupancy import MULTIPROCESSORS, resident_blocks
 from sass import Kernel, disassemble
 
 from greedynas import get_space
+from greedynas_ext.bench.inputs import make_paths
 from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from cases import Case
 from child import Cost, cost_of, in_child
-from inputs import make_images, make_paths, make_supernet, make_targets
 from job import EAGER, evaluation
-from measure import machine
 
 from greedynas import get_space
+from greedynas_ext.bench.cases import Case
+from greedynas_ext.bench.inputs import make_images, make_paths, make_targets
+from greedynas_ext.bench.measure import machine
+from greedynas_ext.bench.subjects import make_supernet
 from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 

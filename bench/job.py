@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from child import Cost, cost_of, in_child
-from inputs import make_images, make_paths, make_supernet, make_targets
-from measure import Spread, interleave, machine
-from ours import evaluate
 from torch import Tensor
-from ways import WAYS
 
 from greedynas import Space, Supernet, get_space
+from greedynas_ext.bench.inputs import make_images, make_paths, make_targets
+from greedynas_ext.bench.measure import Spread, interleave, machine
+from greedynas_ext.bench.ours import evaluate
+from greedynas_ext.bench.subjects import make_supernet
+from greedynas_ext.bench.ways import WAYS
 from greedynas_ext.strict_json import write_json
 
 EAGER = {"fp32": "eager, fp32", "bf16": "eager, pure"}

@@ -1,4 +1,4 @@
-"""Makes bench/paths/<space>-{pool,population}.json: candidate pool and NSGA-II population of a trained supernet.
+"""Makes greedynas_ext/bench/paths/<space>-{pool,population}.json: pool and NSGA-II population of a trained supernet.
 
 Run: python bench/make_paths.py mbv2-7 [--data-root DIR]     (mbv2-7: about 15 minutes on one core; mini-16: two)
 
@@ -19,10 +19,10 @@ from greedynas.metrics_log import MetricsLog
 from greedynas.runs import RunFolder
 from greedynas.search import search
 from greedynas.training import train
+from greedynas_ext.bench.inputs import PATHS
 from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import read_json
 
-PATHS = Path(__file__).resolve().parent / "paths"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "bench"
 
 # The budget of mbv2-7 is the quantile (5.7% of the space) that 330M at 224x224, the budget of GreedyNAS, leaves.

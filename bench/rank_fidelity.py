@@ -27,16 +27,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from make_paths import RUNS, configs
-from measure import machine
-from ours import evaluate
 from scipy.stats import kendalltau
 from torch import Tensor
-from ways import WAYS
 
 from greedynas import Supernet
 from greedynas.config import TrainConfig
 from greedynas.runs import RunFolder, load_run
 from greedynas.training import train
+from greedynas_ext.bench.measure import machine
+from greedynas_ext.bench.ours import evaluate
+from greedynas_ext.bench.ways import WAYS
 from greedynas_ext.strict_json import write_json
 
 Floats = npt.NDArray[np.float64]

@@ -19,12 +19,12 @@ from typing import Any
 
 import matplotlib as mpl
 from gpu_nodes import evaluation
-from inputs import make_paths
 from nvcc import ROOT
 
 from greedynas import Space, get_space
 from greedynas.costs import output_size
 from greedynas.markdown import image, table
+from greedynas_ext.bench.inputs import make_paths
 from greedynas_ext.files import write_bytes
 
 mpl.use("Agg")

@@ -26,8 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import machine
-
+from greedynas_ext.bench.measure import machine
 from greedynas_ext.strict_json import write_json
 
 CPU = Path(__file__).resolve().parents[1] / "csrc/cpu"

@@ -1,7 +1,8 @@
 """Fast evaluation of the paths of a supernet, for PyTorch.
 
 `evaluate_paths` computes the losses of many paths of a one-shot supernet on the same images, and `adapt` makes what it
-takes of a supernet that already exists; `ops` are the operations below it, `reference` the same in plain torch.
+takes of a supernet that already exists; `explain` says what would run fused, and why not; `ops` are the operations
+below it, `reference` the same in plain torch.
 `PathFilter` says which paths a training loop is to train next, with a `CandidatePool`, the samplers and an
 `ExploitSchedule`. `python -m greedynas_ext.info` says what this build can do.
 """
@@ -13,6 +14,8 @@ from greedynas_ext.adapt import adapt
 from greedynas_ext.adapted import AdaptedSupernet
 from greedynas_ext.arguments import SupernetLike
 from greedynas_ext.evaluate import evaluate_paths
+from greedynas_ext.explain import explain
+from greedynas_ext.explanation import ExplainedOperation, ExplainedStage, Explanation
 from greedynas_ext.fused import release_memory
 from greedynas_ext.path_filter import FilterRound, PathFilter
 from greedynas_ext.plan import EvaluationPlan
@@ -33,6 +36,9 @@ __all__ = [
     "CandidatePool",
     "DrawnPaths",
     "EvaluationPlan",
+    "ExplainedOperation",
+    "ExplainedStage",
+    "Explanation",
     "ExploitSchedule",
     "FairSampler",
     "FilterRound",
@@ -45,6 +51,7 @@ __all__ = [
     "UniformSampler",
     "adapt",
     "evaluate_paths",
+    "explain",
     "ops",
     "prepare_paths",
     "reference",

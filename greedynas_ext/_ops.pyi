@@ -10,9 +10,11 @@ class Statistics(enum.Enum):
     RUNNING = ...
     CONSTANTS = ...
 
+STAGE_PARTS: list[str]
+
 class ChainEvaluation:
     kernels: str
-    times: list[tuple[float, int, int]]
+    times: list[tuple[float, int, int, list[float]]]
     def __init__(
         self,
         rows: npt.NDArray[np.int64],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -86,7 +87,7 @@ def evaluate_paths(
         micro_batch: evaluate at most this many images at once; with bn="batch" statistics are then those of each
             part, which `statistics` says.
         per_image: also return the loss of each image.
-        profile: also return time, operations and bytes by stage.
+        profile: also return time, operations and bytes by stage and its parts.
         fused: None uses the fused kernels where they can be used; False runs the modules; True raises ValueError,
             saying why, where the fused kernels cannot be used.
 
@@ -109,29 +110,14 @@ def evaluate_paths(
     check_options(bn, calibration, label_smoothing, max_memory)
     arguments.check_positive("micro_batch", micro_batch)
     modules = chain.modules_of(operations)
-    device, dtype = device_and_dtype(modules)
-    where = device or torch.device("cpu")
-    arguments.check_precision(precision, where)
+    device, _ = device_and_dtype(modules)
+    arguments.check_precision(precision, device or torch.device("cpu"))
     if calibration is not None:
         calibration = arguments.check_images("calibration", calibration, device)
 
-    trie = Trie(operations)
-    engine: FusedEngine | ModuleEngine
-    kind = fused_precision(dtype, precision, where.type)
-    described: FusedChain | str = "fused=False"
-    if fused is not False:
-        described = description(chain, trie, images, calibration, kind, bn, where)
-    if isinstance(described, str):
-        if fused:
-            raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
-        can = chain.partly_fused and (where.type == "cpu" or kind == "fp32") and refused(images, kind, where) is None
-        fuses = kind if fused is not False and can else None
-        engine = ModuleEngine(
-            chain, trie, modules, dtype, bn, label_smoothing, precision, max_memory, profile, described, fuses
-        )
-    else:
-        engine = fused_engine(described, trie, where, kind, bn, label_smoothing, max_memory, profile)
-
+    decision = decided(chain, operations, modules, images, calibration, bn, precision, fused)
+    trie = decision.trie
+    engine = engine_for(decision, bn, label_smoothing, precision, max_memory, profile)
     if calibration is not None:
         engine.check_values("calibration", calibration, None)
         engine.calibrate(calibration)
@@ -163,6 +149,98 @@ def check_options(bn: object, calibration: object, label_smoothing: object, max_
     if (calibration is not None) != (bn == "recalibrated"):
         came = "None" if calibration is None else "a value"
         raise ValueError(f"calibration: expected images with bn='recalibrated' and only then, got {came}, bn={bn!r}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What evaluates a set of paths.
+
+    Attributes:
+        chain: the supernet as evaluation sees it.
+        trie: the plan of the paths.
+        modules: those that the paths use.
+        device: the supernet's.
+        dtype: the supernet's, where it has any.
+        kind: in what the fused engine computes, or why it does not: `fused_precision`.
+        described: what the fused engine evaluates, or why it does not.
+        beside: why no fused kernels run operations beside modules; None where they run those that are recognised.
+    """
+
+    chain: Chain
+    trie: Trie
+    modules: list[nn.Module]
+    device: torch.device
+    dtype: torch.dtype | None
+    kind: str
+    described: FusedChain | str
+    beside: str | None
+
+
+def decided(
+    chain: Chain,
+    operations: Tensor,
+    modules: list[nn.Module],
+    images: object,
+    calibration: Tensor | None,
+    bn: str,
+    precision: str | None,
+    fused: bool | None,
+) -> Decision:
+    """What evaluates `operations` [m, layers] of `chain`, which use `modules`; the other arguments are checked.
+
+    Raises:
+        ValueError: for fused=True where the fused engine does not.
+    """
+    device, dtype = device_and_dtype(modules)
+    where = device or torch.device("cpu")
+    kind = fused_precision(dtype, precision, where.type)
+    trie = Trie(operations)
+    described: FusedChain | str = "fused=False"
+    if fused is not False:
+        described = description(chain, trie, images, calibration, kind, bn, where)
+    if isinstance(described, str) and fused:
+        raise ValueError(f"fused: expected a supernet that the fused kernels can evaluate; {described}")
+    beside: str | None = described if isinstance(described, str) else "the fused engine runs all of it"
+    if isinstance(described, str) and fused is not False:
+        beside = not_beside(chain, images, kind, where)
+    return Decision(chain, trie, modules, where, dtype, kind, described, beside)
+
+
+def not_beside(chain: Chain, images: object, kind: str, device: torch.device) -> str | None:
+    """Why no fused kernels run single operations beside modules; None where they do."""
+    if not chain.partly_fused:
+        return "fused kernels run all of a chain that is not adapted, or nothing"
+    reason = refused(images, kind, device)
+    if reason is None and device.type != "cpu" and kind != "fp32":
+        reason = f"beside modules the CUDA kernels compute in fp32, not in {kind}"
+    return reason
+
+
+def engine_for(
+    decision: Decision,
+    bn: str,
+    label_smoothing: float,
+    precision: str | None,
+    max_memory: int | None,
+    profile: bool,
+) -> FusedEngine | ModuleEngine:
+    """The engine that evaluates what was decided."""
+    described, trie = decision.described, decision.trie
+    if not isinstance(described, str):
+        return fused_engine(described, trie, decision.device, decision.kind, bn, label_smoothing, max_memory, profile)
+    return ModuleEngine(
+        decision.chain,
+        trie,
+        decision.modules,
+        decision.dtype,
+        bn,
+        label_smoothing,
+        precision,
+        max_memory,
+        profile,
+        described,
+        decision.kind if decision.beside is None else None,
+    )
 
 
 def description(

@@ -8,7 +8,8 @@ Weights are packed at each call, so a change of theirs, however it was made, is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +30,8 @@ from greedynas_ext.packing import (
 )
 from greedynas_ext.plan import Trie
 from greedynas_ext.profile import StageProfile
+from greedynas_ext.ranges import named, profiling
+from greedynas_ext.work import Cost, Work
 
 OnScores: TypeAlias = Callable[[Sequence[int], Tensor, Tensor], None]
 
@@ -36,6 +39,7 @@ _SECONDS = 0.05  # for which the kernels work before an interrupt is looked for
 _SHAPE_COLUMNS = 12  # of a row, before the addresses
 # Of images and weights handed over.
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32}
+_MAP_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}  # of a number in a map
 
 
 class Rows:
@@ -183,9 +187,11 @@ class FusedEngine:
         split: the most parts that a batch was evaluated in.
         kernels: what computes, in words.
         needs_batch: False: each batch normalisation has what its policy asks for.
+        unfused: empty: nothing runs as a module.
     """
 
     needs_batch = False
+    unfused: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -201,9 +207,10 @@ class FusedEngine:
         self._profiled = profile
         self._fused, self._trie, self._bn = fused, trie, bn
         self._label_smoothing, self._max_memory = label_smoothing, max_memory
-        self._dtype = _DTYPES[precision]
+        self._dtype, self._map_bytes = _DTYPES[precision], _MAP_BYTES[precision]
         self._statistics = module.Statistics
         self._leaves = [number for number, node in enumerate(trie.nodes) if node.layer == trie.num_layers - 1]
+        self._stages = ["stem", *map(fused.chain.stage, range(trie.num_layers)), "head", "loss"]
         self._resolution = (0, 0)
         self.traversal, self.split = "depth-first", 1
 
@@ -222,7 +229,8 @@ class FusedEngine:
             precision,
         )
         self._chosen: dict[tuple[Any, ...], tuple[str, int]] = {}
-        self._pack()
+        with named("pack weights"):
+            self._pack()
         self.kernels = f"fused, {self._evaluation.kernels}"
 
     def _module(self) -> Any:
@@ -284,34 +292,56 @@ class FusedEngine:
         """Of those computed: all."""
         return self.macs()[0]
 
+    def work(self, images: Tensor) -> Work:
+        """What images of the size of `images` [N, C, H, W] cost; nothing is computed."""
+        resolution = self._size("images", images)
+        stem, nodes, head = self._fused.macs(self._trie, resolution)
+        numbers = self._fused.numbers(self._trie, resolution, self._bn == "batch")
+
+        def cost(macs: int, written: int) -> Cost:
+            return Cost(macs, macs, written * self._map_bytes)
+
+        return Work(
+            cost(stem, numbers[0]),
+            list(map(cost, nodes, numbers[1])),
+            dict.fromkeys(self._leaves, cost(head, numbers[2])),
+            whole=True,
+        )
+
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; `images` in all."""
         stem, nodes, head = self._fused.macs(self._trie, self._resolution)
         layers = [0] * self._trie.num_layers
         for node, macs in zip(self._trie.nodes, nodes, strict=True):
             layers[node.layer] += macs
-        names = ["stem", *map(self._fused.chain.stage, range(len(layers))), "head", "loss"]
         work = [stem, *layers, head * len(self._leaves), 0]
         return tuple(
-            StageProfile(name, seconds, calls, images * macs, size)
-            for name, (seconds, calls, size), macs in zip(names, self._times(), work, strict=True)
+            StageProfile(name, seconds, calls, images * macs, size, parts)
+            for name, (seconds, calls, size, parts), macs in zip(self._stages, self._times(), work, strict=True)
         )
 
-    def _times(self) -> Sequence[tuple[float, int, int]]:
-        """Seconds, calls and bytes of outputs, of each stage."""
-        times: Sequence[tuple[float, int, int]] = self._evaluation.times
-        return times
+    def _times(self) -> Sequence[tuple[float, int, int, dict[str, float]]]:
+        """Seconds, calls and bytes of outputs, and seconds of parts, of each stage."""
+        parts = self._module().STAGE_PARTS
+        return [
+            (seconds, calls, size, {part: time for part, time in zip(parts, times, strict=True) if time > 0})
+            for seconds, calls, size, times in self._evaluation.times
+        ]
 
     def _check_targets(self, targets: Tensor) -> None:
         classes = self._fused.head.weight.shape[0]
         if int(targets.max()) >= classes:
             raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
 
-    def _prepared(self, argument: str, images: Tensor) -> Tensor:
+    def _size(self, argument: str, images: Tensor) -> tuple[int, int]:
+        """Height and width; raises ValueError for channels that are not the stem's."""
         channels = self._fused.stem.conv.shape[1]
         if images.shape[1] != channels:
             raise ValueError(f"{argument}: expected {channels} channels, got {list(images.shape)}")
-        self._resolution = (images.shape[2], images.shape[3])
+        return images.shape[2], images.shape[3]
+
+    def _prepared(self, argument: str, images: Tensor) -> Tensor:
+        self._resolution = self._size(argument, images)
         if self._bn == "batch" or argument == "calibration":
             self._fused.check_single_values(argument, self._trie, len(images), self._resolution)
         return images.to(self._dtype)
@@ -334,9 +364,24 @@ class FusedEngine:
             statistics,
         )
         with held_interrupts() as safe_point:
+            if profiling():
+                for name in self._step_names(steps):
+                    with named(name):
+                        self._evaluation.advance(0.0)
+                    safe_point()
+                return losses, correct
             while not self._evaluation.advance(_SECONDS):
                 safe_point()
         return losses, correct
+
+    def _step_names(self, steps: np.ndarray[Any, Any]) -> Iterator[str]:
+        """Of what each advance(0) does: the stem, then a node of `steps` and, where a path ends, its head and loss."""
+        chain, leaves = self._fused.chain, set(self._leaves)
+        yield "stem"
+        for number in steps[:, 0].tolist():
+            node = self._trie.nodes[number]
+            name = f"{chain.stage(node.layer)}: {chain.place(node.layer, node.op)}"
+            yield f"{name}, head and loss" if number in leaves else name
 
     def _choose(self, argument: str, images: Tensor, statistics: Any) -> tuple[np.ndarray[Any, Any], int]:
         """Steps of the traversal, and in how many parts the images fit into `max_memory`; once for a size of images."""

@@ -27,6 +27,7 @@ from greedynas_ext.recognise import (
 )
 
 Size: TypeAlias = tuple[int, int]  # height, width
+Part: TypeAlias = tuple[int, int] | str  # an operation (layer, op), "stem", "head", or "choices" for all of them
 
 
 @dataclass(frozen=True)
@@ -41,39 +42,12 @@ class FusedChain:
     @classmethod
     def of(cls, chain: Chain, trie: Trie, device: torch.device) -> FusedChain | str:
         """The description, or why there is none; all weights have to be on `device`."""
-        stem = recognise_stem(chain.stem)
-        if isinstance(stem, Unrecognised):
-            return f"supernet.stem: {stem.reason}"
-        channels = stem.blocks[-1].project.shape[0] if stem.blocks else stem.conv.shape[0]
-        widths = [int(channels)] + [0] * trie.num_layers
-        operations: dict[tuple[int, int], OperationWeights] = {}
-        for layer, op in sorted({(node.layer, node.op) for node in trie.nodes}):
-            place = chain.place(layer, op)
-            operation = recognise_operation(chain.choices[layer][op], widths[layer])
-            if isinstance(operation, Unrecognised):
-                return f"{place}: {operation.reason}"
-            into, out, _ = operation_shape(operation)
-            if into != widths[layer]:
-                return f"{place}: takes {into} channels where there are {widths[layer]}"
-            if widths[layer + 1] not in (0, out):
-                return f"{place}: gives {out} channels where another operation gives {widths[layer + 1]}"
-            widths[layer + 1] = out
-            operations[layer, op] = operation
-        head = recognise_head(chain.head)
-        if isinstance(head, Unrecognised):
-            return f"supernet.head: {head.reason}"
-        if head.conv.shape[1] != widths[-1]:
-            return f"supernet.head: takes {head.conv.shape[1]} channels where there are {widths[-1]}"
-        strides = {(layer, operation_shape(operation)[2]) for (layer, _), operation in operations.items()}
-        if len(strides) != trie.num_layers:
-            return "supernet.choices: a layer's operations differ in their stride"
-        parts: dict[str, object] = {"supernet.stem": stem, "supernet.head": head}
-        parts.update({chain.place(layer, op): part for (layer, op), part in operations.items()})
-        for place, part in parts.items():
-            tensor = next(_tensors(part), None)  # a module's are all on one device, or it is not recognised
-            if tensor is not None and tensor.device != device:
-                return f"{place}: weights on {tensor.device} in a supernet on {device}"
-        return cls(stem, operations, head, chain)
+        description = Description(chain, trie, device)
+        for _, problem in description.problems():
+            return problem
+        assert isinstance(description.stem, StemWeights)
+        assert isinstance(description.head, HeadWeights)
+        return cls(description.stem, description.operations, description.head, chain)
 
     def lacks_running_statistics(self) -> bool:
         """Whether a batch normalisation stores none."""
@@ -118,6 +92,27 @@ class FusedChain:
         # The last node ends a path: nodes stand in order of their layers.
         return stem, nodes, _area(sizes[-1]) * self.head.conv.numel() + self.head.weight.numel()
 
+    def numbers(self, trie: Trie, resolution: Size, of_batch: bool) -> tuple[int, list[int], int]:
+        """Numbers written to maps for one image: by the stem, each node of `trie`, a head (its logits)."""
+        stem_sizes, sizes = self.sizes(trie, resolution)
+        stem = (1 + of_batch) * _area(stem_sizes[0]) * self.stem.conv.shape[0]
+        for block, into in zip(self.stem.blocks, stem_sizes, strict=False):
+            stem += operation_numbers(block, into, of_batch)
+        nodes = []
+        for node in trie.nodes:
+            into = stem_sizes[-1] if node.parent == STEM else sizes[node.parent]
+            nodes.append(operation_numbers(self.operations[node.layer, node.op], into, of_batch))
+        return int(stem), nodes, int(self.head.weight.shape[0])
+
+    def output_numbers(self, trie: Trie, resolution: Size) -> tuple[int, list[int], int]:
+        """Numbers in the outputs for one image: of the stem, each node of `trie`, a head."""
+        stem_sizes, sizes = self.sizes(trie, resolution)
+        channels = self.stem.blocks[-1].project.shape[0] if self.stem.blocks else self.stem.conv.shape[0]
+        nodes = []
+        for node, size in zip(trie.nodes, sizes, strict=True):
+            nodes.append(_area(size) * operation_shape(self.operations[node.layer, node.op])[1])
+        return _area(stem_sizes[-1]) * channels, nodes, int(self.head.weight.shape[0])
+
     def check_single_values(self, argument: str, trie: Trie, count: int, resolution: Size) -> None:
         """Raises ValueError, as torch does, where `count` images give a batch normalisation one value per channel."""
 
@@ -138,6 +133,76 @@ class FusedChain:
             if not isinstance(operation, IdentityWeights):
                 check(self.chain.place(node.layer, node.op), size, operation_shape(operation)[1])
         check("supernet.head", sizes[-1], self.head.conv.shape[0])
+
+
+class Description:
+    """Describes the parts of a chain that a set of paths uses, and finds what the fused engine cannot evaluate.
+
+    Attributes:
+        stem: what is recognised of the stem.
+        operations: those that are recognised, by (layer, operation).
+        head: what is recognised of the head.
+    """
+
+    stem: StemWeights | Unrecognised
+    head: HeadWeights | Unrecognised
+
+    def __init__(self, chain: Chain, trie: Trie, device: torch.device) -> None:
+        self._chain, self._trie, self._device = chain, trie, device
+        self.operations: dict[tuple[int, int], OperationWeights] = {}
+
+    def problems(self) -> Iterator[tuple[Part, str]]:
+        """The parts that stand in the way, and why, the place named; nothing is looked at before it is asked for."""
+        chain = self._chain
+        self.stem = recognise_stem(chain.stem)
+        widths: list[int | None] = [None] * (self._trie.num_layers + 1)
+        if isinstance(self.stem, Unrecognised):
+            yield "stem", f"supernet.stem: {self.stem.reason}"
+        else:
+            last = self.stem.blocks[-1].project if self.stem.blocks else self.stem.conv
+            widths[0] = int(last.shape[0])
+        for layer, op in sorted({(node.layer, node.op) for node in self._trie.nodes}):
+            reason = self._operation(layer, op, widths)
+            if reason is not None:
+                yield (layer, op), f"{chain.place(layer, op)}: {reason}"
+        self.head = recognise_head(chain.head)
+        if isinstance(self.head, Unrecognised):
+            yield "head", f"supernet.head: {self.head.reason}"
+        elif widths[-1] not in (None, self.head.conv.shape[1]):
+            yield "head", f"supernet.head: takes {self.head.conv.shape[1]} channels where there are {widths[-1]}"
+        strides = {(layer, operation_shape(operation)[2]) for (layer, _), operation in self.operations.items()}
+        if len(strides) > len({layer for layer, _ in strides}):
+            yield "choices", "supernet.choices: a layer's operations differ in their stride"
+        yield from self._elsewhere()
+
+    def _operation(self, layer: int, op: int, widths: list[int | None]) -> str | None:
+        """Describes an operation on `widths[layer]` channels, None where that is unknown; why it cannot be used."""
+        width, module = widths[layer], self._chain.choices[layer][op]
+        operation = recognise_operation(module, width)
+        if width is None and isinstance(recognise_operation(module, 1), IdentityWeights):
+            return None  # of however many
+        if isinstance(operation, Unrecognised):
+            return operation.reason
+        into, out, _ = operation_shape(operation)
+        if width is not None and into != width:
+            return f"takes {into} channels where there are {width}"
+        if widths[layer + 1] not in (None, out):
+            return f"gives {out} channels where another operation gives {widths[layer + 1]}"
+        widths[layer + 1] = out
+        self.operations[layer, op] = operation
+        return None
+
+    def _elsewhere(self) -> Iterator[tuple[Part, str]]:
+        """Parts whose weights are on another device."""
+        parts: list[tuple[Part, str, object]] = [
+            ("stem", "supernet.stem", self.stem),
+            ("head", "supernet.head", self.head),
+            *((key, self._chain.place(*key), operation) for key, operation in self.operations.items()),
+        ]
+        for key, place, part in parts:
+            tensor = next(_tensors(part), None)  # a module's are all on one device, or it is not recognised
+            if tensor is not None and tensor.device != self._device:
+                yield key, f"{place}: weights on {tensor.device} in a supernet on {self._device}"
 
 
 def _tensors(part: object) -> Iterator[Tensor]:
@@ -194,3 +259,16 @@ def operation_macs(block: OperationWeights, into: Size) -> int:
     if block.squeeze_excitation is not None:
         macs += block.squeeze_excitation.reduce_weight.numel() + block.squeeze_excitation.expand_weight.numel()
     return int(macs)
+
+
+def operation_numbers(block: OperationWeights, into: Size, of_batch: bool) -> int:
+    """Numbers that the kernels of an operation write to maps, for one image of size `into`.
+
+    The depthwise output, which stays in the cache where statistics are known, and the output, with the statistics of
+    the batch (`of_batch`) twice.
+    """
+    if isinstance(block, IdentityWeights):
+        return 0
+    _, out, stride = operation_shape(block)
+    hidden = 0 if isinstance(block, ConvBNWeights) else block.depthwise.shape[0]
+    return _area(_after(into, stride)) * (int(hidden) + (1 + of_batch) * out)

@@ -6,6 +6,7 @@ Activations and half-precision depthwise outputs take torch's memory, through it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from greedynas_ext.fused_chain import FusedChain, operation_shape
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.ops_cuda import MOST_MEASURED
 from greedynas_ext.packing import InvertedBottleneckWeights
+from greedynas_ext.profile import StageProfile
+from greedynas_ext.ranges import named, profiling
 
 
 def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str | None:
@@ -113,13 +116,23 @@ class CudaEngine(FusedEngine):
                 self._stream(),
             )
             before = self._event()
-            while (stage := self._evaluation.advance()) >= 0:
+            while (stage := self._advance()) >= 0:
                 after = self._event()
                 if after is not None:
                     self._events.append((stage, before, after))
                 before = after
                 safe_point()
         return losses, correct
+
+    def _advance(self) -> int:
+        """Launches what comes next, under its name; its stage, or -1."""
+        if self._device.type != "cuda" and not profiling():
+            return int(self._evaluation.advance())
+        stage = int(self._evaluation.next_stage())
+        if stage < 0:
+            return stage
+        with named(self._stages[stage], self._device):
+            return int(self._evaluation.advance())
 
     def _event(self) -> Any:
         if not self._profiled:
@@ -128,14 +141,26 @@ class CudaEngine(FusedEngine):
         event.record()
         return event
 
-    def _times(self) -> Sequence[tuple[float, int, int]]:
+    def profile(self, images: int) -> tuple[StageProfile, ...]:
+        """Time between events on the stream, operations and bytes by stage; `images` in all."""
+        stem, nodes, classes = self._fused.output_numbers(self._trie, self._resolution)
+        layers = [0] * self._trie.num_layers
+        for node, numbers in zip(self._trie.nodes, nodes, strict=True):
+            layers[node.layer] += numbers
+        heads = (len(self._leaves) * classes * 4, len(self._leaves) * 4)
+        sizes = [number * self._map_bytes for number in (stem, *layers)] + list(heads)
+        return tuple(
+            replace(stage, bytes=images * size) for stage, size in zip(super().profile(images), sizes, strict=True)
+        )
+
+    def _times(self) -> Sequence[tuple[float, int, int, dict[str, float]]]:
         torch.cuda.synchronize(self._device)
         seconds = [0.0] * (self._trie.num_layers + 3)
         calls = [0] * len(seconds)
         for stage, before, after in self._events:
             seconds[stage] += before.elapsed_time(after) / 1e3
             calls[stage] += 1
-        return [(time, number, 0) for time, number in zip(seconds, calls, strict=True)]
+        return [(time, number, 0, {}) for time, number in zip(seconds, calls, strict=True)]
 
     def _free_memory(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)

@@ -168,6 +168,10 @@ class FusedUnit:
         size = self._evaluation().needed_bytes(len(x), x.shape[2], x.shape[3], wide, batch)
         return x.new_empty(size, dtype=torch.uint8)
 
+    def written(self, x: Tensor, of_batch: bool) -> int:
+        """Bytes that the kernels write to maps for [N, C, H, W]."""
+        return len(x) * self._unit.numbers((x.shape[2], x.shape[3]), of_batch) * self._dtype.itemsize
+
 
 def _progression(channels: range) -> tuple[int, int, int]:
     return channels.start, channels.step, len(channels)
@@ -189,25 +193,29 @@ class FusedHead:
         features = self._convolution(x).mean((2, 3))
         return F.linear(features, self._weights.weight, self._weights.bias)
 
+    def written(self, x: Tensor, of_batch: bool) -> int:
+        """Bytes written to maps for [N, C, H, W], and logits."""
+        return self._convolution.written(x, of_batch) + len(x) * len(self._weights.weight) * x.element_size()
+
 
 Fused = FusedUnit | FusedHead
 
 
 def with_fused_parts(
     chain: Chain, used: Iterable[tuple[int, int]], precision: str, interceptor: Interceptor
-) -> tuple[Chain, list[str] | None]:
+) -> tuple[Chain, dict[str, str] | None]:
     """The chain with stem, head and those of the operations `used` that are recognised replaced.
 
-    Beside it why others are not, identities aside; None where none is replaced.
+    Beside it why others are not, by their places, identities aside; None where none is replaced.
     """
     replaced = False
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
 
     def fused(place: str, part: Operation, described: UnitWeights | HeadWeights | Unrecognised) -> Operation:
         nonlocal replaced
         if isinstance(described, Unrecognised):
             if not hands_on(part):
-                reasons.append(f"{place}: {described.reason}")
+                reasons[place] = described.reason
             return part
         replaced = True
         make = FusedHead if isinstance(described, HeadWeights) else FusedUnit

@@ -21,12 +21,13 @@ from greedynas_ext.fx_trace import Trace, asserted, first_line
 
 # Images, height and width: odd and even, and none of them alike.
 _SIZES = ((2, 7, 5), (3, 4, 9))
+_JOINS = ("cat", "concat", "concatenate", "stack")
 _MOVES = frozenset(
     [
         *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "detach"),
         *("permute", "transpose", "swapaxes", "swapdims", "movedim", "channel_shuffle"),
         *("chunk", "split", "tensor_split", "unbind", "select", "narrow", "getitem"),
-        *("cat", "concat", "concatenate", "stack"),
+        *_JOINS,
     ]
 )
 _ARITHMETIC = ("_operator", "math", "builtins")  # modules of functions that sizes are computed with
@@ -56,12 +57,16 @@ def read_branches(trace: Trace, in_channels: int) -> tuple[Branch, ...]:
 
 
 def likely_channels(trace: Trace) -> tuple[int, ...]:
-    """How many channels the input may have: as many as the first convolution reads, or twice that, of a split."""
+    """How many channels the input may have: as many as the first convolution reads, or twice that, of a split.
+
+    A split is followed by a concatenation.
+    """
+    joins = any(getattr(node.target, "__name__", node.target) in _JOINS for node in trace.graph.nodes)
     for node in trace.graph.nodes:
         module = trace.leaves.get(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None:
             channels = int(module.weight.shape[1] * module.groups)
-            return channels, 2 * channels
+            return (channels, 2 * channels) if joins else (channels,)
     return ()
 
 

@@ -19,7 +19,9 @@ from greedynas_ext.isolation import held_interrupts, undisturbed, version_of
 from greedynas_ext.memory import MemoryEstimate, estimate_memory
 from greedynas_ext.plan import Trie
 from greedynas_ext.profile import Profile, StageProfile
+from greedynas_ext.ranges import named
 from greedynas_ext.runner import Runner
+from greedynas_ext.work import Traffic, Work
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOGITS_BYTES = 64 << 20  # logits are gathered up to this size before their loss is computed
@@ -32,6 +34,7 @@ class ModuleEngine:
         traversal: of the last batch.
         split: the most parts that a batch was evaluated in.
         kernels: what computes, in words.
+        unfused: why parts run as modules beside fused ones, by their places; None where no fused kernel runs.
     """
 
     def __init__(
@@ -54,18 +57,17 @@ class ModuleEngine:
         self._max_memory, self._profiling = max_memory, profiling
         cast_to, cast_from = _casts(precision)
         self._interceptor = Interceptor(cast_to, cast_from)
-        reasons: list[str] | None = None
+        self.unfused: dict[str, str] | None = None
         if fuses is not None:
             used = {(node.layer, node.op) for node in trie.nodes}
             with held_interrupts(), torch.no_grad():
-                self._chain, reasons = with_fused_parts(chain, used, fuses, self._interceptor)
+                self._chain, self.unfused = with_fused_parts(chain, used, fuses, self._interceptor)
         self._runner: Runner | None = None
         self._profile: Profile
         self._estimates: dict[tuple[torch.Size, torch.dtype, bool], MemoryEstimate] = {}
-        self._macs: tuple[int, int] | None = None
-        self._macs_fused = 0
+        self._work: Work | None = None
         self.traversal, self.split = "depth-first", 1
-        self.kernels = _in_words(reason, reasons)
+        self.kernels = _in_words(reason, self.unfused)
 
     @property
     def needs_batch(self) -> bool:
@@ -92,10 +94,22 @@ class ModuleEngine:
                 runner.run(self._cast(part), self.traversal, normalisation, gather.add, safe_point)
                 gather.flush()
                 sizes.append(len(part))
-            if self._macs is None:
-                self._macs = self._trie.macs(runner.stem_macs, runner.node_macs, runner.head_macs)
-                self._macs_fused = runner.macs_fused
+            if self._work is None:
+                self._work = self._work_of(runner)
         return sizes
+
+    def work(self, images: Tensor) -> Work:
+        """What each part costs, counted while it runs on `images` [N, C, H, W]; no losses are computed.
+
+        Constants, for "recalibrated", are taken to be the statistics of these images.
+        """
+        policy: Normalisation = "running" if self._bn == "running" else "batch"
+        with self._running(images) as (runner, safe_point), Traffic(self._bn == "batch") as traffic:
+            runner.run(self._cast(images), "depth-first", policy, lambda leaf, logits: None, safe_point, traffic)
+        return self._work_of(runner)
+
+    def _work_of(self, runner: Runner) -> Work:
+        return Work(runner.stem_cost, list(runner.node_costs), dict(runner.head_costs), whole=False)
 
     def check_values(self, name: str, images: Tensor, targets: Tensor | None) -> None:
         """Raises ValueError for values that are not allowed in what is evaluated next."""
@@ -106,12 +120,13 @@ class ModuleEngine:
 
     def macs(self) -> tuple[int, int]:
         """Of one image: (computed, saved)."""
-        assert self._macs is not None
-        return self._macs
+        assert self._work is not None
+        return self._work.macs(self._trie)
 
     def macs_fused(self) -> int:
         """Of those computed."""
-        return self._macs_fused
+        assert self._work is not None
+        return self._work.macs_fused()
 
     def profile(self, images: int) -> tuple[StageProfile, ...]:
         """Time, operations and bytes by stage, over all batches; of `images` in all."""
@@ -128,8 +143,9 @@ class ModuleEngine:
         classes = logits.shape[-1]
         if int(targets.max()) >= classes:
             raise ValueError(f"targets: expected classes below {classes} (the head's logits), got {int(targets.max())}")
-        _, image_losses, correct = ops.path_cross_entropy(logits, targets, self._label_smoothing)
-        self._profile.add("loss", since, 0, image_losses.numel() * image_losses.element_size())
+        with named("loss", logits.device):
+            _, image_losses, correct = ops.path_cross_entropy(logits, targets, self._label_smoothing)
+        self._profile.add("loss", since, 0, image_losses.numel() * image_losses.element_size(), "loss")
         on_scores(leaves, image_losses, correct)
 
     def _choose_traversal(self, argument: str, images: Tensor, safe_point: Callable[[], None]) -> tuple[str, int, int]:
@@ -219,14 +235,15 @@ class _LogitsGatherer:
         self._leaves, self._logits, self._versions = [], [], []
 
 
-def _in_words(reason: str, unfused: list[str] | None) -> str:
+def _in_words(reason: str, unfused: dict[str, str] | None) -> str:
     """What computes. `unfused`: why parts of the chain run as modules where others are fused; None: all do."""
     if unfused is None:
         return f"modules: {reason}"
     if not unfused:
         return f"fused part by part: {reason}"
     more = f" (and {len(unfused) - 1} more)" if len(unfused) > 1 else ""
-    return f"partly fused; modules: {unfused[0]}{more}"
+    place, why = next(iter(unfused.items()))
+    return f"partly fused; modules: {place}: {why}{more}"
 
 
 def _casts(precision: str | None) -> tuple[torch.dtype | None, frozenset[torch.dtype]]:

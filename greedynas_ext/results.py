@@ -28,7 +28,7 @@ class PathEvaluation:
         image_losses: [m, N] loss of each image, on request.
         plan: what was computed, and what sharing prefixes saved.
         statistics: in words, which statistics the batch normalisations used.
-        profile: time, operations and bytes by stage, on request.
+        profile: time, operations and bytes by stage and its parts, on request.
     """
 
     losses: Tensor

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.fused_operation import Fused, hands_on
@@ -14,6 +13,10 @@ from greedynas_ext.intercept import Interceptor, Normalisation, Statistics
 from greedynas_ext.isolation import version_of
 from greedynas_ext.plan import STEM, Trie
 from greedynas_ext.profile import Profile
+from greedynas_ext.ranges import named
+from greedynas_ext.work import Cost, Traffic
+
+_ALONE = ("stem", "head")  # stages of one part
 
 
 class _Readers:
@@ -61,10 +64,10 @@ class Runner:
             for tensor in (*inner._parameters.values(), *inner._buffers.values())
             if tensor is not None
         }
-        # per image, of the batch that ran last
-        self.stem_macs = self.macs_fused = 0
-        self.node_macs = [0] * len(trie.nodes)
-        self.head_macs: dict[int, int] = {}
+        # of one image, of the batch that ran last
+        self.stem_cost = Cost(0, 0, 0)
+        self.node_costs = [self.stem_cost] * len(trie.nodes)
+        self.head_costs: dict[int, Cost] = {}
 
     def run(
         self,
@@ -73,18 +76,19 @@ class Runner:
         normalisation: Normalisation,
         on_logits: Callable[[int, Tensor], None],
         safe_point: Callable[[], None],
+        traffic: Traffic | None = None,
     ) -> None:
         """Calls `on_logits(leaf, logits [N, classes])` for each leaf of the trie.
 
         With `normalisation` "capture" the statistics of each node are kept, with "constants" those are used.
-        `safe_point` is called before each operation and may raise.
+        `safe_point` is called before each operation and may raise. `traffic`, where it is active, counts bytes.
         """
         count = len(images)
-        self.macs_fused = 0
+        self._traffic = traffic
         readers = _Readers()
         readers.add(images)  # the caller's
         with self._interceptor:
-            output, macs = self._call(
+            output, self.stem_cost = self._call(
                 "stem",
                 ("stem", STEM),
                 self._chain.stem,
@@ -92,7 +96,6 @@ class Runner:
                 normalisation,
                 "supernet.stem",
             )
-            self.stem_macs = macs // count
             # with what `version_of` said when they were made
             outputs: dict[int, tuple[Tensor, int]] = {STEM: (output, version_of(output))}
             readers.add(output)
@@ -109,7 +112,7 @@ class Runner:
                         f"buffer"
                     )
                 alone = frees_parent and readers.of(source) == 1
-                output, macs = self._call(
+                output, self.node_costs[number] = self._call(
                     self._chain.stage(node.layer),
                     ("node", number),
                     operation,
@@ -117,7 +120,6 @@ class Runner:
                     normalisation,
                     self._place(number),
                 )
-                self.node_macs[number] = macs // count
                 if frees_parent:
                     del outputs[node.parent]
                     readers.remove(source)
@@ -128,11 +130,10 @@ class Runner:
                     del output
                     continue
                 output = self._given(self._chain.head, output, not readers.of(output))
-                logits, macs = self._call(
+                logits, self.head_costs[number] = self._call(
                     "head", ("head", number), self._chain.head, output, normalisation, "supernet.head"
                 )
                 del output
-                self.head_macs[number] = macs // count
                 if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
                     raise ValueError(
                         f"supernet.head: expected floating logits [{count}, classes], got "
@@ -168,23 +169,25 @@ class Runner:
         source: Tensor,
         normalisation: Normalisation,
         place: str,
-    ) -> tuple[Tensor, int]:
-        interceptor = self._interceptor
+    ) -> tuple[Tensor, Cost]:
+        interceptor, traffic = self._interceptor, self._traffic
         interceptor.normalisation, interceptor.place = normalisation, place
         interceptor.macs = interceptor.macs_fused = 0
         interceptor.statistics = list(self._captured[key]) if normalisation == "constants" else []
-        since = self._profile.now()
-        with record_function(f"greedynas: {place}"):
+        since, before = self._profile.now(), 0 if traffic is None else traffic.written
+        with named(stage if stage in _ALONE else f"{stage}: {place}", source.device):
             output = call(operation, source, place)
+        written = 0 if traffic is None else traffic.written - before
+        if traffic is not None and isinstance(operation, Fused) and interceptor.macs_fused:
+            written = operation.written(source, traffic.of_batch)
         if output.untyped_storage().data_ptr() in self._owned:
             output = output.clone()
         if normalisation == "capture":
             self._captured[key] = interceptor.statistics
         elif normalisation == "constants" and interceptor.statistics:
             raise RuntimeError(f"{place} normalised less often than it did on the calibration images")
-        self.macs_fused += interceptor.macs_fused // len(source)
-        self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size())
-        return output, interceptor.macs
+        self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size(), place)
+        return output, Cost.of_images(len(source), interceptor.macs, interceptor.macs_fused, written)
 
 
 def call(operation: Operation, source: Tensor, place: str) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from greedynas_ext.fused_chain import Size, operation_macs, operation_norms, operation_shape
+from greedynas_ext.fused_chain import Size, operation_macs, operation_norms, operation_numbers, operation_shape
 from greedynas_ext.packing import BatchNormWeights, ConvBNWeights, InvertedBottleneckWeights
 
 
@@ -69,5 +69,17 @@ class UnitWeights:
             height, width = size
             for operation in branch.operations:
                 total += operation_macs(operation, (height, width))
+                height, width = -(-height // operation.stride), -(-width // operation.stride)
+        return total
+
+    def numbers(self, size: Size, of_batch: bool) -> int:
+        """Numbers that the kernels write to maps, for one image: `operation_numbers`, and channels handed on."""
+        total = 0
+        for branch in self.branches:
+            height, width = size
+            if not branch.operations:
+                total += height * width * len(branch.writes)
+            for operation in branch.operations:
+                total += operation_numbers(operation, (height, width), of_batch)
                 height, width = -(-height // operation.stride), -(-width // operation.stride)
         return total

@@ -11,6 +11,7 @@
 #include "operation_source.h"
 #include "parallel.h"
 #include "pilot.h"
+#include "stage_parts.h"
 #include "statistics.h"
 #include "weights.h"
 #include "workspace.h"
@@ -55,18 +56,20 @@ void finish_everywhere(const Kernels<T>& k, const FinishMap<T>& f, double* segme
 }
 
 // Of one operation at a time: what it keeps of its channels lies in the workspace until the next one begins.
+// Where there is a place for it, says what its time was spent on.
 template <typename T>
 class BlockRunner {
   using C = Compute<T>;
 
  public:
   BlockRunner(const Kernels<T>& kernels, int64_t images, const Workspace<T>& workspace,
-              const ParallelFor& parallel_for)
+              const ParallelFor& parallel_for, PartSeconds* seconds = nullptr)
       : k_(kernels),
         images_(images),
         workspace_(workspace),
         memory_(workspace.channels, workspace.channel_bytes),
-        parallel_for_(parallel_for) {}
+        parallel_for_(parallel_for),
+        watch_(seconds) {}
 
   // An operation that is neither an identity nor a dense convolution. Without `known` statistics those of the
   // batch, kept in `used` unless that is null.
@@ -114,6 +117,7 @@ class BlockRunner {
   // map = activation(map * scale + shift) + residual, maybe elsewhere, and its moments where it has place for
   // them.
   void finish(const Map<T>& map, const Affine<C>* affine, int64_t activation, const T* residual) {
+    watch_.lap(kStatisticsPart);
     const int64_t pixels = images_ * map.shape.pixels();
     FinishMap<T> f{map.data,   map.data, pixels, map.shape.channels, nullptr, nullptr,
                    activation, residual, nullptr};
@@ -131,6 +135,7 @@ class BlockRunner {
       join_gram<C>(workspace_.segments, segments_of(pixels), pixels, f.pilot, map.shape.channels,
                    row_channels<T>(map.shape.channels), map.moments, memory_, parallel_for_);
     }
+    watch_.lap(kFinishPart);
   }
 
   // What BatchNorm does with those statistics of the batch, which are kept in `used` unless that is null.
@@ -179,8 +184,10 @@ class BlockRunner {
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
     const int64_t depthwise_work = cut.images * image_pixels * o.kernel * o.kernel;
+    watch_.lap(kStatisticsPart);
     parallel_for_(cut.slabs * groups, (expand_work + depthwise_work) * k_.group_width,
                   [&](int64_t begin, int64_t end) { k_.expand_depthwise(e, begin, end); });
+    watch_.lap(kExpandDepthwisePart);
     const auto slab_pixels = [&](int64_t slab) {
       return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
     };
@@ -194,6 +201,7 @@ class BlockRunner {
     for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
 
     ProjectInput<T> p = project_input(op, e, middle, cut, image_pixels);
+    watch_.lap(kStatisticsPart);
     if (o.se_channels > 0) {
       C* pooled = workspace_.gates;
       C* gates = pooled + images_ * hidden;
@@ -203,12 +211,14 @@ class BlockRunner {
       excite(op, pooled, images_, workspace_.squeezed, gates,
              [&](const Linear<C>& l) { linear_everywhere(l); });
       p.gates = gates;
+      watch_.lap(kSqueezeExcitePart);
     }
     const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,
                                 nullptr,    nullptr,           kLinear,        nullptr,
                                 e.partials, project_factor(op)};
     for_blocks(cut, images_, image_pixels, kBlockPixels * hidden * o.out_channels, parallel_for_,
                [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
+    watch_.lap(kProjectPart);
     const int64_t blocks = ceil_div(cut.images * image_pixels, kBlockPixels);
     const auto block_pixels = [&](int64_t unit) {
       return std::clamp<int64_t>(slab_pixels(unit / blocks) - unit % blocks * kBlockPixels, 0, kBlockPixels);
@@ -276,6 +286,7 @@ class BlockRunner {
         }
       }
     });
+    watch_.lap(kBlockPart);
   }
 
   // A dense or strided convolution: `run(output, first block, last block)` is the kernel. Returns what the
@@ -297,6 +308,7 @@ class BlockRunner {
     }
     parallel_for_(blocks, kBlockPixels * o.depth() * o.out_channels,
                   [&](int64_t begin, int64_t end) { run(to, begin, end); });
+    watch_.lap(kConvolutionPart);
     if (!to.partials) return after;
     const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
     return affine(op, kProjectBn, used,
@@ -376,6 +388,7 @@ class BlockRunner {
   Workspace<T> workspace_;
   ChannelMemory memory_;
   const ParallelFor& parallel_for_;
+  PartWatch watch_;
 };
 
 }  // namespace greedynas::cpu

@@ -1,6 +1,5 @@
 #include "chain.h"
 
-#include <chrono>
 #include <iterator>
 #include <type_traits>
 
@@ -12,10 +11,6 @@
 
 namespace greedynas::cpu {
 namespace {
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 template <typename T>
 class Evaluation final : public ChainEvaluation {
@@ -82,7 +77,7 @@ class Evaluation final : public ChainEvaluation {
 
   bool advance(double seconds, const ParallelFor& parallel_for) override {
     parallel_for_ = &parallel_for;
-    const double since = now();
+    const double since = steady_seconds();
     // One after the other, also those that share an input: few do (of 10 uniform paths of mbv2-7 14 of 205
     // nodes, all in the first two layers), and threads have even shares of each loop. What is saved together
     // is waking them and waiting for the last: on two idle cores 4.3 of mini-16's 73 ms in bf16, a third of
@@ -94,7 +89,7 @@ class Evaluation final : public ChainEvaluation {
         run_node(steps_[next_step_].node);
       }
       ++next_step_;
-    } while (next_step_ < static_cast<int64_t>(steps_.size()) && now() - since < seconds);
+    } while (next_step_ < static_cast<int64_t>(steps_.size()) && steady_seconds() - since < seconds);
     return next_step_ == static_cast<int64_t>(steps_.size());
   }
 
@@ -204,8 +199,8 @@ class Evaluation final : public ChainEvaluation {
     return map;
   }
 
-  BlockRunner<T> runner() const {
-    return {k_, batch_.count, layout_.workspace.at(memory_.get()), *parallel_for_};
+  BlockRunner<T> runner(int64_t stage) {
+    return {k_, batch_.count, layout_.workspace.at(memory_.get()), *parallel_for_, &times_[stage].parts};
   }
 
   // ---- statistics
@@ -225,7 +220,7 @@ class Evaluation final : public ChainEvaluation {
   // ---- the chain
 
   void run_stem() {
-    const double since = now();
+    const double since = steady_seconds();
     const bool batch = of_batch(statistics_);
     const auto blocks = static_cast<int64_t>(stem_blocks_.size());
     Shape shape{batch_.height, batch_.width, s_.stem.in_channels};
@@ -240,7 +235,7 @@ class Evaluation final : public ChainEvaluation {
     shape = shape.after(s_.stem);
     Map<T> map = map_at(layout_.stem_map[0], shape, blocks ? expands(0) : needs_moments_[0]);
     clear_slack(map, batch_.count);
-    BlockRunner<T> run = runner();
+    BlockRunner<T> run = runner(0);
     const Affine<C> pending = run.convolution(stem_, known(stem_, 0), used(0), map,
                                               [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
                                                 k_.patches(images, to, begin, end);
@@ -257,7 +252,7 @@ class Evaluation final : public ChainEvaluation {
       if (batch && i == 0 && passes_on) {
         run.bottleneck_of_batch(op, used(1), map, &pending, s_.stem.activation, out);
       } else {
-        runner().run(op, known(op, 1 + i), used(1 + i), map, out);
+        runner(0).run(op, known(op, 1 + i), used(1 + i), map, out);
       }
       map = out;
     }
@@ -265,7 +260,7 @@ class Evaluation final : public ChainEvaluation {
   }
 
   void run_node(int64_t node) {
-    const double since = now();
+    const double since = steady_seconds();
     const int64_t slot = node + 1, parent = s_.nodes[node].parent + 1;
     const int64_t site = 1 + static_cast<int64_t>(stem_blocks_.size()) + node;
     const PackedOperation<T>& op = operations_[s_.nodes[node].op];
@@ -274,17 +269,17 @@ class Evaluation final : public ChainEvaluation {
     if (op.source.kind != kIdentity) {
       out = map_at(layout_.map[slot], layout_.shape[slot], needs_moments_[slot]);
       clear_slack(out, batch_.count);
-      runner().run(op, known(op, site), used(site), in, out);
+      runner(1 + s_.nodes[node].layer).run(op, known(op, site), used(site), in, out);
     }
     record(1 + s_.nodes[node].layer, since, bytes_of(out));
     if (leaf_of_node_[node] >= 0) run_head(node, out);
   }
 
   void run_head(int64_t node, const Map<T>& in) {
-    double since = now();
+    double since = steady_seconds();
     const int64_t leaf = leaf_of_node_[node];
     const int64_t site = 1 + static_cast<int64_t>(stem_blocks_.size() + s_.nodes.size()) + leaf;
-    BlockRunner<T> run = runner();
+    BlockRunner<T> run = runner(num_layers_ + 1);
     const OperationStatistics<C>* given = known(head_, site);
     const Affine<C> after = given
                                 ? run.affine(head_, kProjectBn, *given)
@@ -308,7 +303,7 @@ class Evaluation final : public ChainEvaluation {
     run.linear_everywhere(l);
     record(num_layers_ + 1, since, batch_.count * s_.classes * int64_t{sizeof(C)});
 
-    since = now();
+    since = steady_seconds();
     C loss;
     const PathCrossEntropy arguments{logits,
                                      std::is_same_v<C, double> ? LogitsType::kFloat64 : LogitsType::kFloat32,
@@ -331,7 +326,7 @@ class Evaluation final : public ChainEvaluation {
   }
 
   void record(int64_t stage, double since, int64_t output_bytes) {
-    times_[stage].seconds += now() - since;
+    times_[stage].seconds += steady_seconds() - since;
     ++times_[stage].calls;
     times_[stage].bytes += output_bytes;
   }

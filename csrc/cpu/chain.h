@@ -10,6 +10,7 @@
 
 #include "chain_source.h"
 #include "parallel.h"
+#include "stage_parts.h"
 
 namespace greedynas::cpu {
 
@@ -30,6 +31,7 @@ struct StageTime {
   double seconds;
   int64_t calls;
   int64_t bytes;  // of outputs
+  PartSeconds parts;
 };
 
 class ChainEvaluation {

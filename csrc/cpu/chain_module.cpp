@@ -48,6 +48,7 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
       .value("CAPTURE", Statistics::kCapture)
       .value("RUNNING", Statistics::kRunning)
       .value("CONSTANTS", Statistics::kConstants);
+  module.attr("STAGE_PARTS") = kStagePartNames;
   module.def("machine_capability", [] { return capability_name(machine_capability()); });
   module.def("used_capability", [] { return capability_name(used_capability()); });
   module.def("capability_reason", &capability_reason);
@@ -95,9 +96,9 @@ PYBIND11_MODULE(_ops, module, py::mod_gil_not_used()) {
           "Works for about that many seconds; whether all is done.")
       .def_property_readonly("times",
                              [](const ChainEvaluation& e) {
-                               std::vector<std::tuple<double, int64_t, int64_t>> result;
+                               std::vector<std::tuple<double, int64_t, int64_t, PartSeconds>> result;
                                for (const auto& t : e.times())
-                                 result.emplace_back(t.seconds, t.calls, t.bytes);
+                                 result.emplace_back(t.seconds, t.calls, t.bytes, t.parts);
                                return result;
                              })
       .def_property_readonly("kernels", &ChainEvaluation::kernels);

@@ -103,23 +103,40 @@ void Evaluation<T>::start(const std::vector<PathStep>& steps, const Batch& batch
 }
 
 template <typename T>
-int64_t Evaluation<T>::advance() {
+int64_t Evaluation<T>::next_stage() const {
   if (next_task_ == layout_.tasks.size()) return -1;
+  const Task& task = layout_.tasks[next_task_];
+  switch (task.kind) {
+    case TaskKind::kStem:
+      return 0;
+    case TaskKind::kNodes:
+      return 1 + source_.nodes[task.nodes[0]].layer;
+    case TaskKind::kHead:
+      return 1 + num_layers_;
+    default:
+      return 2 + num_layers_;
+  }
+}
+
+template <typename T>
+int64_t Evaluation<T>::advance() {
+  const int64_t stage = next_stage();
+  if (stage < 0) return stage;
   const Task& task = layout_.tasks[next_task_++];
   switch (task.kind) {
     case TaskKind::kStem:
       run_stem();
-      return 0;
+      break;
     case TaskKind::kNodes:
       run_nodes(task.nodes);
-      return 1 + source_.nodes[task.nodes[0]].layer;
+      break;
     case TaskKind::kHead:
       run_head(task.nodes);
-      return 1 + num_layers_;
+      break;
     default:
       run_loss(task.nodes);
-      return 2 + num_layers_;
   }
+  return stage;
 }
 
 template <typename T>

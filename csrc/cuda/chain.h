@@ -41,8 +41,11 @@ class ChainEvaluation {
   virtual void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics,
                      void* memory, Stream stream) = 0;
 
-  // Launches what comes next. Returns its stage, which is 0 for the stem, 1 + layer, then one for the head
-  // and one for the loss; -1 when nothing was left.
+  // Of what comes next: 0 for the stem, 1 + layer, then one for the head and one for the loss; -1 when
+  // nothing is left.
+  virtual int64_t next_stage() const = 0;
+
+  // Launches what comes next. Returns its stage, or -1 when nothing was left.
   virtual int64_t advance() = 0;
 
   virtual const char* kernels() const = 0;

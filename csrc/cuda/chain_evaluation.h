@@ -50,6 +50,7 @@ class Evaluation final : public ChainEvaluation, private ChainPlaces {
                        Statistics statistics) const override;
   void start(const std::vector<PathStep>& steps, const Batch& batch, Statistics statistics, void* memory,
              Stream stream) override;
+  int64_t next_stage() const override;
   int64_t advance() override;
   const char* kernels() const override;
 

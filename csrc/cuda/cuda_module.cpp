@@ -104,6 +104,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
           py::arg("label_smoothing"), py::arg("image_losses"), py::arg("correct"), py::arg("status"),
           py::arg("statistics"), py::arg("memory"), py::arg("stream"))
       .def_property_readonly("kernels", &ChainEvaluation::kernels)
+      .def("next_stage", &ChainEvaluation::next_stage, "The stage of what comes next, or -1.")
       .def("advance", &ChainEvaluation::advance,
            "Launches what comes next; its stage, or -1 when nothing was left.");
   py::class_<MixedOp>(module, "MixedOp")

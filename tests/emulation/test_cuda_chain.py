@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from precisions import of_all, of_both
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from greedynas import Supernet
 from greedynas.layers import Layer, Operation
@@ -362,3 +363,17 @@ def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_both_native_modules_are_loaded_at_once(cuda: Any) -> None:
     """They bind types of the same names."""
     assert _library.require_chain().Statistics.BATCH is not cuda.module.Statistics.BATCH
+
+
+def test_a_profiler_sees_the_stages_by_their_names(on_device: Any) -> None:
+    net = make_net("e3k3 e6k5 id")
+    paths, batch = drawn_paths(net, 4), draw(3)
+    expected = on_device(net, paths, *batch, per_image=True)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        result = on_device(net, paths, *batch, per_image=True)
+    assert torch.equal(result.image_losses, expected.image_losses)
+    names = [event.name for event in recorded.events() if event.name.startswith("greedynas: ")]
+    stages = [name.removeprefix("greedynas: ") for name in names if "pack" not in name]
+    assert set(stages) == {"stem", "layer 0", "layer 1", "layer 2", "layer 3", "head", "loss"}
+    assert stages[0] == "stem"
+    assert stages.count("stem") == 1

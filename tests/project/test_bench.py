@@ -1,4 +1,7 @@
-"""The benchmarks run, measure what they say, and their recorded paths are paths of their spaces."""
+"""The scripts of bench/ run, measure what they say, and the recorded paths are paths of their spaces.
+
+`python -m greedynas_ext.bench` is in test_bench_command.py.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ import pytest
 import torch
 
 from greedynas import get_space
+from greedynas_ext.bench import cases, inputs, measure, ours, subjects, ways
 
 BENCH = Path(__file__).parents[2] / "bench"
-MODULES = ("cases", "child", "evaluate_paths", "growth", "inputs", "job", "make_paths", "measure", "ours", "ways")
-MODULES += ("rank_fidelity", "stages")
-RECORDED = sorted((BENCH / "paths").glob("*.json"))
+MODULES = ("child", "growth", "job", "make_paths", "rank_fidelity", "stages")
+RECORDED = sorted(inputs.PATHS.glob("*.json"))
 
 
 @pytest.fixture
@@ -45,6 +48,10 @@ def run(bench, monkeypatch, capsys):
     return main
 
 
+def read_paths(file, space):
+    return inputs.read_paths(file, (space.num_operations,) * space.num_layers, space.name)
+
+
 def directly(function, *arguments):
     """For `in_child`, where the process is not what a test is about."""
     return function(*arguments)
@@ -54,16 +61,16 @@ def fails(*arguments):
     raise OSError("the disk is full")
 
 
-def test_every_space_of_the_cases_has_recorded_paths(bench):
-    spaces = {case.space for case in bench("cases").CASES.values()}
+def test_every_space_of_the_cases_has_recorded_paths():
+    spaces = {case.space for case in cases.CASES.values()}
     assert {path.name for path in RECORDED} == {f"{s}-{kind}.json" for s in spaces for kind in ("pool", "population")}
 
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
-def test_recorded_paths_are_of_their_space_and_say_where_they_are_from(bench, file):
+def test_recorded_paths_are_of_their_space_and_say_where_they_are_from(file):
     content = json.loads(file.read_text())
     space = get_space(content["space"])
-    paths = bench("inputs").read_paths(file, space)
+    paths = read_paths(file, space)
     assert file.name.startswith(f"{space.name}-")
     assert len({tuple(path) for path in paths.tolist()}) == len(paths) >= 50
     assert all(math.isfinite(entry["loss"]) for entry in content["entries"])
@@ -77,15 +84,14 @@ def test_recorded_paths_are_of_their_space_and_say_where_they_are_from(bench, fi
     assert origin["optimizer_steps"] == origin["iterations"] * training["kept_paths"]
 
 
-def test_recorded_paths_of_another_space_are_refused(bench):
+def test_recorded_paths_of_another_space_are_refused():
     with pytest.raises(ValueError, match="expected paths of 'mini-28', got some of 'mini-16'"):
-        bench("inputs").read_paths(BENCH / "paths/mini-16-pool.json", get_space("mini-28"))
+        read_paths(inputs.PATHS / "mini-16-pool.json", get_space("mini-28"))
 
 
-def test_paths_from_the_pool_are_eight_of_ten_and_different(bench):
+def test_paths_from_the_pool_are_eight_of_ten_and_different():
     space = get_space("mini-16")
-    inputs = bench("inputs")
-    pool = {tuple(path) for path in inputs.read_paths(BENCH / "paths/mini-16-pool.json", space).tolist()}
+    pool = {tuple(path) for path in read_paths(inputs.PATHS / "mini-16-pool.json", space).tolist()}
     drawn = [tuple(path) for path in inputs.make_paths("pool", 10, space).tolist()]
     assert len(drawn) == 10
     assert len({path for path in drawn[2:] if path in pool}) == 8
@@ -93,24 +99,54 @@ def test_paths_from_the_pool_are_eight_of_ten_and_different(bench):
         inputs.make_paths("population", 51, space)
 
 
-def test_paths_of_a_supernet_have_losses_that_differ(bench):
-    inputs, ways = bench("inputs"), bench("ways")
+@pytest.mark.parametrize("content", [[[0, 1], [2, 0]], {"entries": [{"path": [0, 1]}, {"path": [2, 0], "loss": 1.0}]}])
+def test_paths_from_a_file(tmp_path, content):
+    file = tmp_path / "evolution.json"
+    file.write_text(json.dumps(content))
+    assert inputs.paths_from(str(file), 2, (3, 2)).tolist() == [[0, 1], [2, 0]]
+    assert inputs.paths_from(str(file), 1, (3, 2)).tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"count: expected at most 2 paths of .*evolution\.json, got 3"):
+        inputs.paths_from(str(file), 3, (3, 2))
+    with pytest.raises(ValueError, match=r"evolution\.json\[1\]\[0\]: expected an operation index of 0 to 1, got 2"):
+        inputs.paths_from(str(file), 2, (2, 2))
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="expected a list of paths, or entries that each have a path, got none"):
+        inputs.paths_from(str(file), 1, (3, 2))
+
+
+def test_sources_that_there_are_not(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"source: expected uniform, pool, population or a \.json file of paths, got 'x'"
+    ):
+        inputs.paths_from("x", 1, (3, 2))
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
+        inputs.paths_from(str(tmp_path / "none.json"), 1, (3, 2))
+    with pytest.raises(FileNotFoundError, match=r"macro-pool.json: no such file; `python bench/make_paths.py macro`"):
+        inputs.paths_from("pool", 1, (3, 2), "macro")
+    layers = inputs.paths_from("uniform", 400, (1, 3, 2))
+    assert [sorted(set(column.tolist())) for column in layers.T] == [[0], [0, 1, 2], [0, 1]]
+
+
+def test_paths_of_a_supernet_have_losses_that_differ():
     space = get_space("mini-16")
     images = inputs.make_images(32, 1, 8)
     assert images.flatten(1).std(dim=1).min() > 0.1
     assert images.flatten(1).mean(dim=1).std() > 0.1
     for bn in ("batch", "running"):
         losses = ways.reference_losses(
-            inputs.make_supernet(space), inputs.make_paths("uniform", 6, space), images, inputs.make_targets(32, 10), bn
+            subjects.make_supernet(space),
+            inputs.make_paths("uniform", 6, space),
+            images,
+            inputs.make_targets(32, 10),
+            bn,
         )
         assert statistics.pstdev(losses) > 0.02
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
-def test_the_ways_agree_and_leave_the_supernet_alone(bench, bn):
-    inputs, ways = bench("inputs"), bench("ways")
+def test_the_ways_agree_and_leave_the_supernet_alone(bn):
     space = get_space("mini-16")
-    supernet = inputs.make_supernet(space)
+    supernet = subjects.make_supernet(space)
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
     images, targets = inputs.make_images(32, 1, 8), inputs.make_targets(32, 10)
     paths = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 0, 0, 0, 0], [6] * 8, [0, 1, 2, 3, 4, 5, 6, 0]])
@@ -122,7 +158,7 @@ def test_the_ways_agree_and_leave_the_supernet_alone(bench, bn):
     assert reference == pytest.approx(expected, abs=1e-5)
     checked = 0
     for way in ways.WAYS:
-        if bn in way.policies and not way.compiled:
+        if bn in way.policies and not way.compiled and way.serves(supernet):
             losses = way.make(supernet, paths, images, targets, bn)()
             tolerance = 1e-4 if way.precision == "fp32" else 5e-2
             assert losses == pytest.approx(reference, abs=tolerance), way.name
@@ -133,10 +169,9 @@ def test_the_ways_agree_and_leave_the_supernet_alone(bench, bn):
 
 
 @pytest.mark.slow
-def test_compiled_ways_agree(bench):
-    inputs, ways = bench("inputs"), bench("ways")
+def test_compiled_ways_agree():
     space = get_space("mini-16")
-    supernet, images, targets = inputs.make_supernet(space), inputs.make_images(32, 1, 8), inputs.make_targets(32, 10)
+    supernet, images, targets = subjects.make_supernet(space), inputs.make_images(32, 1, 8), inputs.make_targets(32, 10)
     paths = inputs.make_paths("uniform", 2, space)
     for way in ways.WAYS:
         if way.compiled:
@@ -146,11 +181,10 @@ def test_compiled_ways_agree(bench):
             assert losses == pytest.approx(reference, abs=1e-4 if way.precision == "fp32" else 5e-2), way.name
 
 
-def test_folding_removes_the_batch_normalisations(bench):
-    inputs, ways = bench("inputs"), bench("ways")
+def test_folding_removes_the_batch_normalisations():
     from greedynas import Network
 
-    network = Network.from_supernet(inputs.make_supernet(get_space("mini-16")), [0, 1, 2, 3, 4, 5, 6, 0]).eval()
+    network = Network.from_supernet(subjects.make_supernet(get_space("mini-16")), [0, 1, 2, 3, 4, 5, 6, 0]).eval()
     images = inputs.make_images(4, 1, 8)
     with torch.no_grad():
         logits = network(images)
@@ -159,9 +193,9 @@ def test_folding_removes_the_batch_normalisations(bench):
         torch.testing.assert_close(folded(images), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ratio_is_the_median_of_those_within_rounds(bench):
+def test_a_ratio_is_the_median_of_those_within_rounds():
     # The machine is three times as slow in the second round; the ratio of medians would be 3.
-    times = bench("measure").Times({"slow": [4.0, 9.0, 3.0, 4.0, 2.0], "fast": [2.0, 3.0, 1.0, 1.0, 1.0]})
+    times = measure.Times({"slow": [4.0, 9.0, 3.0, 4.0, 2.0], "fast": [2.0, 3.0, 1.0, 1.0, 1.0]})
     ratio = times.ratio("slow", "fast")  # 2, 3, 3, 4, 2
     assert (ratio.median, ratio.lower, ratio.upper) == (3.0, 2.0, 3.0)
     assert times.spread("slow").median == 4.0
@@ -169,86 +203,33 @@ def test_a_ratio_is_the_median_of_those_within_rounds(bench):
     assert str(ratio) == "3.00 (2.00 to 3.00)"
 
 
-def test_rounds_interleave_and_rotate(bench):
+def test_rounds_interleave_and_rotate():
     calls = []
     ways = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    times = bench("measure").interleave(ways, 3)
+    times = measure.interleave(ways, 3)
     assert "".join(calls) == "abcbcacab"
     assert {name: len(seconds) for name, seconds in times.seconds.items()} == {"a": 3, "b": 3, "c": 3}
     with pytest.raises(ValueError, match="rounds: expected at least 2, got 1"):
-        bench("measure").interleave(ways, 1)
+        measure.interleave(ways, 1)
 
 
-def test_what_is_measured_is_the_time_of_the_call(bench):
+def test_what_is_measured_is_the_time_of_the_call():
     import time
 
-    measure = bench("measure")
     times = measure.interleave({"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.04)}, 3)
     assert 0.01 <= times.spread("short").median < times.spread("long").median
     assert 2.0 < times.ratio("long", "short").median < 4.5
 
 
-def test_the_machine_is_described(bench, monkeypatch):
+def test_the_machine_is_described(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    described = bench("measure").machine()
+    described = measure.machine()
     assert described["torch"] == torch.__version__
     assert described["threads"] == torch.get_num_threads()
     assert described["environment"].items() >= {"MALLOC_MMAP_MAX_": "0", "OMP_WAIT_POLICY": "passive"}.items()
     assert described["cores"] == len(os.sched_getaffinity(0))
     json.dumps(described)
-
-
-def test_disagreeing_losses_are_not_timed(bench):
-    script = bench("evaluate_paths")
-    errors = script.errors_of({"right": [1.0, 2.0], "wrong": [1.0, 2.5], "nan": [1.0, math.nan]}, [1.0, 2.0])
-    assert errors["right"] == 0.0
-    assert errors["wrong"] == 0.5
-    allowed = dict.fromkeys(errors, 0.01)
-    script.check_agreement({"right": errors["right"]}, allowed)
-    for name in ("wrong", "nan"):
-        with pytest.raises(ValueError, match=f"{name} by .* nothing is timed"):
-            script.check_agreement({name: errors[name]}, allowed)
-    assert script.tolerance("fp32", 1e-6) == 1e-3
-    assert script.tolerance("bf16", 0.05) == pytest.approx(0.15)
-
-
-def test_the_case_list_names_every_case(bench, run):
-    listed = run("evaluate_paths", "--list").splitlines()
-    assert [line.split(",")[0] for line in listed] == [f"name={name}" for name in bench("cases").CASES]
-
-
-@pytest.mark.parametrize("case", ["mini-16-fp32", pytest.param("mini-16-population-bf16", marks=pytest.mark.slow)])
-def test_a_quick_case_with_tuned_malloc(run, case, tmp_path):
-    file = tmp_path / "result.json"
-    command = ("--quick", "--rounds", 3, "--case", case, "--tuned-malloc", "--output", file)
-    table = run("evaluate_paths", *command).splitlines()
-    (result,) = json.loads(file.read_text())["results"]
-    assert len(table) == 2
-    assert table[1].startswith(case)
-    assert result["kernels"].startswith("fused")
-    assert result["machine"]["environment"]["MALLOC_MMAP_MAX_"] == "0"
-    seconds = result["seconds"]
-    assert {len(values) for values in seconds.values()} == {3}
-    ratios = [slow / ours for slow, ours in zip(seconds[result["loop"]], seconds["evaluate_paths"], strict=True)]
-    assert result["ratio_loop"]["median"] == pytest.approx(statistics.median(ratios))
-    assert "sharing" in result["sharing"]
-    assert "sharing" not in result["loop"]
-
-
-def test_a_limited_instruction_set_reaches_the_child(bench, tmp_path, monkeypatch):
-    cases, script = bench("cases"), bench("evaluate_paths")
-    asked = []
-
-    def record(command, env, check):
-        asked.append({name: value for name, value in env.items() if name in cases.ISA_LIMITS["avx2"]})
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(script.subprocess, "run", record)
-    monkeypatch.setattr(sys, "argv", ["evaluate_paths.py", "--case", "mbv2-7-avx2"])
-    with pytest.raises(SystemExit, match="1"):
-        script.main()
-    assert asked == [cases.ISA_LIMITS["avx2"]]
 
 
 def test_the_job_at_a_small_size(bench, run, monkeypatch, tmp_path):
@@ -280,7 +261,7 @@ def test_a_child_is_another_process_that_returns_its_result(bench):
 def test_the_growth_picture_at_a_small_size(bench, monkeypatch, tmp_path):
     growth = bench("growth")
     monkeypatch.setattr(growth, "in_child", directly)
-    base = bench("cases").Case("growth", "mini-16", paths=2, images=4, resolution=8)
+    base = cases.Case("growth", "mini-16", paths=2, images=4, resolution=8)
     found = growth.points(base, {"images": (4,)}, 1)
     assert [entry["way"] for entry in found] == list(growth.WAYS)
     picture = tmp_path / "pictures" / "growth.png"
@@ -335,10 +316,10 @@ def test_rank_fidelity_of_a_tiny_run(run, tmp_path):
 
 
 def test_true_losses_that_the_modules_do_not_confirm_are_refused(bench, monkeypatch):
-    inputs, fidelity, ours = bench("inputs"), bench("rank_fidelity"), bench("ours")
+    fidelity = bench("rank_fidelity")
     space = get_space("mini-16")
     batch = inputs.make_paths("uniform", 2, space), inputs.make_images(8, 1, 8), inputs.make_targets(8, 10)
-    supernet = inputs.make_supernet(space)
+    supernet = subjects.make_supernet(space)
     losses = fidelity.true_losses(supernet, *batch, 2)
     assert losses.dtype == "float64"
     assert all(parameter.dtype == torch.float32 for parameter in supernet.parameters())
@@ -371,7 +352,6 @@ def test_files_of_paths_come_from_a_training_and_a_search(bench, tmp_path):
     bench("make_paths").make(training, searching, tmp_path)
     torch.set_num_threads(threads)
     space = get_space("mini-16")
-    read_paths = bench("inputs").read_paths
     pool = read_json(tmp_path / "run/pool.json")["entries"]
     assert read_paths(tmp_path / "mini-16-pool.json", space).tolist() == [entry["path"] for entry in pool]
     assert len(read_paths(tmp_path / "mini-16-population.json", space)) == 4

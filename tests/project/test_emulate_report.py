@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "bench/results/emulated"
-MODULES = ("emulate_report", "emulated_cases", "emulated_traffic", "kernel_nodes", "gpu_kernels", "measure")
+MODULES = ("emulate_report", "emulated_cases", "emulated_traffic", "kernel_nodes", "gpu_kernels")
 
 
 @pytest.fixture

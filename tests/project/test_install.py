@@ -88,6 +88,7 @@ def test_wheel_in_another_environment(wheel: Path, tmp_path: Path):
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     assert "tensor(" in run(python, "-c", USE.format(place="site-packages"), PYTHONPATH="")
     assert "left out" in run(python, "-m", "greedynas_ext.info", PYTHONPATH="")
+    assert "name=mbv2-7-pool-bf16" in run(python, "-m", "greedynas_ext.bench", "--list", PYTHONPATH="")
     assert "train" in run(str(tmp_path / "venv/bin/greedynas"), "--help", PYTHONPATH="")
 
 

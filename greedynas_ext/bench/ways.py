@@ -7,13 +7,15 @@ leave the supernet as it is.
 Batch normalisation: with bn="batch" the ways run copies that share the supernet's parameters and store no running
 statistics, so that evaluation mode normalises by the batch without updating anything, which is the fastest correct way.
 With bn="running" the copies keep them.
+
+An adapted supernet is run by its own forward, path by path, and, where it is a chain, like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from greedynas import Network, Supernet
+from greedynas_ext.adapted import AdaptedSupernet
+from greedynas_ext.arguments import SupernetLike
 
 Losses = Callable[[], list[float]]
-Make = Callable[[Supernet, Tensor, Tensor, Tensor, str], Losses]
+Make = Callable[[Any, Tensor, Tensor, Tensor, str], Losses]
 Arithmetic = Literal["fp32", "autocast", "pure"]  # pure: weights, statistics and activations in bfloat16
 
 
@@ -41,6 +44,7 @@ class Way:
         shares: whether it computes common prefixes once.
         compiled: whether torch.compile is part of it; that takes minutes the first time, then inductor's cache helps.
         make: the factory.
+        own: whether it calls the forward of an adapted supernet.
     """
 
     name: str
@@ -49,11 +53,32 @@ class Way:
     shares: bool
     compiled: bool
     make: Make
+    own: bool = False
+
+    def serves(self, supernet: SupernetLike) -> bool:
+        """Whether it can run the supernet."""
+        if isinstance(supernet, AdaptedSupernet):
+            return self.own or supernet.reason is None
+        return not self.own
 
 
-def shared_copy(supernet: Supernet, bn: str) -> Supernet:
-    """A copy in evaluation mode with the same parameters, whose batch normalisations follow the policy `bn`."""
-    twin = copy.deepcopy(supernet, {id(parameter): parameter for parameter in supernet.parameters()}).eval()
+class Parts(nn.Module):
+    """Stem, choices and head of a supernet as one module."""
+
+    def __init__(self, supernet: SupernetLike) -> None:
+        super().__init__()
+        self.stem, self.head = supernet.stem, supernet.head
+        self.choices = nn.ModuleList(nn.ModuleList(layer) for layer in supernet.choices)
+
+
+def shared_copy(supernet: SupernetLike, bn: str) -> nn.Module:
+    """A copy in evaluation mode with the same parameters, whose batch normalisations follow the policy `bn`.
+
+    Raises:
+        TypeError: the stem, an operation or the head is no module.
+    """
+    module = supernet if isinstance(supernet, nn.Module) else Parts(supernet)
+    twin = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}).eval()
     if bn == "batch":
         _forget_statistics(twin)
     return twin
@@ -61,21 +86,41 @@ def shared_copy(supernet: Supernet, bn: str) -> Supernet:
 
 def _forget_statistics(module: nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.track_running_stats = False
             part.running_mean = part.running_var = part.num_batches_tracked = None
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module, bn: str) -> Iterator[None]:
+    """`module` itself in evaluation mode, by the policy `bn`; afterwards as before."""
+    training = {part: part.training for part in module.modules()}
+    names = ("track_running_stats", "running_mean", "running_var", "num_batches_tracked")
+    norms = [part for part in training if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, name, getattr(norm, name)) for norm in norms for name in names]
+    try:
+        module.eval()
+        if bn == "batch":
+            _forget_statistics(module)
+        yield
+    finally:
+        for norm, name, value in kept:
+            setattr(norm, name, value)
+        for part, flag in training.items():
+            part.training = flag
 
 
 class Chain:
     """Stem, blocks and head as functions, each compiled at its first use where that is asked for."""
 
-    def __init__(self, supernet: Supernet, compiled: bool) -> None:
+    def __init__(self, supernet: Any, compiled: bool) -> None:
         self._choices: Any = supernet.choices
         self._compiled = compiled
         self._blocks: dict[tuple[int, int], Callable[[Tensor], Tensor]] = {}
         self.stem, self.head = self._prepare(supernet.stem), self._prepare(supernet.head)
 
     def block(self, layer: int, op: int) -> Callable[[Tensor], Tensor]:
+        """An operation of a layer."""
         if (layer, op) not in self._blocks:
             self._blocks[layer, op] = self._prepare(self._choices[layer][op])
         return self._blocks[layer, op]
@@ -140,7 +185,7 @@ def _supernet_way(
     arithmetic: Arithmetic,
     compiled: bool,
     layout: torch.memory_format,
-    supernet: Supernet,
+    supernet: SupernetLike,
     paths: Tensor,
     images: Tensor,
     targets: Tensor,
@@ -158,7 +203,7 @@ def _supernet_way(
 def _folded_way(
     arithmetic: Arithmetic,
     compiled: bool,
-    supernet: Supernet,
+    supernet: SupernetLike,
     paths: Tensor,
     images: Tensor,
     targets: Tensor,
@@ -167,7 +212,7 @@ def _folded_way(
     """A network of each path with its batch normalisations folded into the convolutions before the clock starts."""
     networks: list[Callable[[Tensor], Tensor]] = []
     for path in paths.tolist():
-        network: nn.Module = folded(Network.from_supernet(supernet, path).eval())
+        network: nn.Module = folded(network_of(supernet, path))
         if arithmetic == "pure":
             network = network.bfloat16()
         network = network.to(memory_format=torch.channels_last)
@@ -182,13 +227,44 @@ def _folded_way(
     return partial(_run, arithmetic, images.device.type, walk)
 
 
+def network_of(supernet: SupernetLike, path: Sequence[int]) -> nn.Sequential:
+    """One path by itself, in evaluation mode, with weights of its own."""
+    parts = [supernet.stem, *(supernet.choices[layer][op] for layer, op in enumerate(path)), supernet.head]
+    return copy.deepcopy(nn.Sequential(*parts)).eval()
+
+
 def folded(module: nn.Module) -> nn.Module:
-    """The module with every `conv`, `bn` pair of its parts replaced by one convolution, in place."""
+    """The module with pairs of a convolution and its batch normalisation replaced by one convolution, in place.
+
+    Pairs are attributes `conv` and `bn` of one part, and neighbours in an nn.Sequential.
+    """
     for part in module.modules():
         if isinstance(getattr(part, "conv", None), nn.Conv2d) and isinstance(getattr(part, "bn", None), nn.BatchNorm2d):
             part.conv = fuse_conv_bn_eval(part.conv, part.bn)  # type: ignore[type-var, arg-type]
             part.bn = nn.Identity()
+        elif isinstance(part, nn.Sequential):
+            for at, (first, second) in enumerate(zip(part, list(part)[1:], strict=False)):
+                if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d:
+                    part[at], part[at + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
     return module
+
+
+def _own_way(
+    arithmetic: Arithmetic,
+    supernet: AdaptedSupernet,
+    paths: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    bn: str,
+) -> Losses:
+    """The supernet's own forward for each path, with all that it does around its operations."""
+    rows = paths.tolist()
+
+    def walk() -> list[float]:
+        with evaluating(supernet.module, bn):
+            return [_loss(supernet.forward(path, images), targets) for path in rows]
+
+    return partial(_run, arithmetic, images.device.type, walk)
 
 
 def _run(arithmetic: Arithmetic, device: str, walk: Losses) -> list[float]:
@@ -215,18 +291,23 @@ def _ways() -> list[Way]:
                 )
     contiguous = partial(_supernet_way, False, "fp32", False, torch.contiguous_format)
     ways.append(Way("eager, fp32, not channels_last", "fp32", both, False, False, contiguous))
+    for precision, own in (("fp32", partial(_own_way, "fp32")), ("bf16", partial(_own_way, "autocast"))):
+        ways.append(Way(f"own forward, {own.args[0]}", precision, both, False, False, own, own=True))
     return ways
 
 
 WAYS: tuple[Way, ...] = tuple(_ways())
 
 
-def reference_losses(supernet: Supernet, paths: Tensor, images: Tensor, targets: Tensor, bn: str) -> list[float]:
+def reference_losses(supernet: SupernetLike, paths: Tensor, images: Tensor, targets: Tensor, bn: str) -> list[float]:
     """Losses that others are compared with: of the supernet's modules in fp32, not in channels_last.
 
     In that layout PyTorch's batch normalisation sums in float64. At 32 images of 224x224 these losses are within 4e-6
-    of those in float64, which take 20 times as long, and the ones in channels_last are not within 1e-3.
+    of those in float64, which take 20 times as long, and the ones in channels_last are not within 1e-3. An adapted
+    supernet's are those of its own forward.
     """
+    if isinstance(supernet, AdaptedSupernet):
+        return _own_way("fp32", supernet, paths, images.contiguous(), targets, bn)()
     twin = copy.deepcopy(shared_copy(supernet, bn)).to(memory_format=torch.contiguous_format)
     chain = Chain(twin, compiled=False)
     with torch.no_grad():

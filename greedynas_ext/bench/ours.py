@@ -6,20 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
-from greedynas import Supernet
-from greedynas_ext import PathEvaluation, evaluate_paths
+from greedynas_ext.arguments import SupernetLike
+from greedynas_ext.evaluate import evaluate_paths
+from greedynas_ext.results import PathEvaluation
 
 
 def evaluate(
-    supernet: Supernet,
+    supernet: SupernetLike,
     paths: Tensor,
     images: Tensor,
     targets: Tensor,
     bn: str,
     precision: str | None,
-    fused: bool = True,
+    fused: bool | None = True,
     **options: Any,
 ) -> PathEvaluation:
-    """`evaluate_paths` that fails where it cannot fuse: a measurement must not silently be one of the modules."""
+    """`evaluate_paths` that fails where it cannot fuse: a measurement must not silently be one of the modules.
+
+    `fused`: None allows it.
+    """
     options.update(bn=bn, precision=precision, fused=fused)
     return evaluate_paths(supernet, paths, images, targets, **options)
