@@ -31,6 +31,8 @@ class Spec:
     activation: str = "relu6"
     se: int = 0
     gate: str = "hsigmoid"
+    depthwise_activation: str | None = None  # as after the expansion
+    project_activation: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ SPECS = (
     Spec(expansion=2, kernel=7, activation="silu", se=1, gate="sigmoid"),
     Spec(expansion=None, activation="relu"),
     Spec(expansion=1, kernel=5, activation="linear"),
+    Spec(expansion=2, activation="relu", depthwise_activation="linear", project_activation="relu"),
+    Spec(expansion=3, kernel=5, se=5, depthwise_activation="silu", project_activation="hswish"),
     ConvSpec(),
     ConvSpec("relu"),
 )
@@ -89,6 +93,8 @@ class Draw:
             activation=spec.activation,
             residual=stride == 1 and into == out,
             squeeze_excitation=se,
+            depthwise_activation=spec.depthwise_activation,
+            project_activation=spec.project_activation,
         )
 
 
