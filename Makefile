@@ -37,7 +37,7 @@ demo: setup
 	$(BIN)/greedynas demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not alone" -n 2 --dist loadfile --durations=15 --cov --cov-report=
+	$(BIN)/python -m pytest -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=
 	$(BIN)/python -m pytest -m "alone and not slow" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 test-slow: setup

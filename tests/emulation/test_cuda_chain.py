@@ -198,6 +198,21 @@ def test_each_operation_by_itself(on_device: Any) -> None:
     )
 
 
+@of_all
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_activations_that_differ_between_stages(on_device: Any, bn: str) -> None:
+    """Nothing after the depthwise convolution, an activation after the projection."""
+    net: Any = make_net("e3k3 e6k5s id")
+    for layer in net.choices:
+        for number, op in enumerate(list(layer)[:2]):
+            op.depthwise = nn.Sequential(*list(op.depthwise.children())[:2])
+            op.project = nn.Sequential(op.project, (nn.ReLU(), nn.Hardswish())[number])
+    images, targets = draw(6)
+    paths = drawn_paths(net, 3)
+    kwargs: dict[str, Any] = {"bn": bn, "per_image": True}
+    check(on_device(net, paths, images, targets, **kwargs), exact_losses(net, paths, images, targets, **kwargs))
+
+
 @of_both
 def test_layer_by_layer_and_depth_first_agree_bit_for_bit(on_device: Any) -> None:
     net = make_net("e3k3 e6k5 id")

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from greedynas import Supernet, get_space
 from greedynas.layers import Layer, Operation
 from greedynas.spaces import Space
-from greedynas_ext import PathEvaluation, evaluate_paths, fused_cuda
-from greedynas_ext.arguments import Chain
-from greedynas_ext.fused_chain import FusedChain
-from greedynas_ext.plan import Trie
+from greedynas_ext import PathEvaluation, evaluate_paths
 
 POLICIES = ("batch", "running", "recalibrated")
 # The kernels add in another order. float64 rounds at 1e-16, and 60 convolutions, each normalised by statistics of its
@@ -192,22 +189,6 @@ def test_activations_that_differ_between_stages(bn: str, dtype: torch.dtype) -> 
     paths = torch.tensor([[(row + layer) % 3 for layer in range(len(net.choices))] for row in range(3)])
     images, targets = draw_images(4, 33, dtype=dtype)
     compare(net, paths, images, targets, bn=bn, tolerance=FP64 if dtype == torch.float64 else FP32)
-
-
-def test_activations_that_differ_are_refused_by_the_cuda_kernels() -> None:
-    net = small_supernet(torch.float32)
-    net.choices[0][0] = staged(*_sizes(net, 0), (nn.ReLU, nn.Identity, nn.ReLU))
-    trie = Trie(torch.zeros(1, len(net.choices), dtype=torch.int64))
-    described = FusedChain.of(Chain.of(net), trie, torch.device("cpu"))
-    assert isinstance(described, FusedChain), described
-    reason = fused_cuda.unsupported(described, torch.device("cuda"), "fp32")
-    assert reason is not None
-    assert reason.startswith("supernet.choices[0][0]: relu, linear and relu in one block")
-
-
-def _sizes(net: Supernet, layer: int) -> tuple[int, int, int]:
-    shape = net.space.layers[layer]
-    return shape.in_channels, shape.out_channels, shape.stride
 
 
 def test_all_paths_of_a_small_space() -> None:
