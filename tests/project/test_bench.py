@@ -409,8 +409,8 @@ def test_the_stages_of_a_block_are_measured(tmp_path):
             assert list(block["stages"]) == ["expand_depthwise", "project", "finish"]
             for stage in block["stages"].values():
                 assert {name for name, _ in stage["floors"]} <= ceilings.keys()
-                # Maps that stay in the cache come faster than memory gives them.
-                assert 0 < stage["share"] < 2
+                # May be above 1: maps that stay in the cache come faster than memory gives them.
+                assert stage["share"] > 0
     lines = done.stdout.splitlines()
     assert len(lines) == sum(2 + len(result["blocks"]) for result in results)
     assert lines[0].startswith("threads 1: ")
