@@ -52,7 +52,7 @@ class FusedUnit:
     def __call__(self, x: Tensor) -> Tensor:
         """The operation's output for [N, C, H, W]."""
         if not self.runs(x):
-            if self._interceptor.normalisation == "probe" and self._takes(x):
+            if self._interceptor.normalisation == "probe" and not ops_cuda.available(x) and self._takes(x):
                 self._working_memory(x)
             return self.operation(x.clone(memory_format=torch.contiguous_format))
         macs = len(x) * self._unit.macs((x.shape[2], x.shape[3]))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from greedynas_ext import evaluate_paths, ops, ops_cuda
 from greedynas_ext.arguments import Chain
 from greedynas_ext.block_layout import PackedBlock, padded, stage_channels
+from greedynas_ext.fused_operation import FusedUnit
 
 # Sums of some hundred products in float32, rounded at 6e-8, through three BatchNorms of which each can enlarge errors
 # some ten times where a channel hardly varies (5e-6 at most, here); the SiLU of a GPU has a few 1e-7 of its own.
@@ -302,6 +303,7 @@ def test_recognised_operations_run_fused_beside_others(
 
     monkeypatch.setattr(ops, "mixed_op", counted)
     monkeypatch.setattr(ops_cuda, "available", lambda x: True)
+    monkeypatch.delattr(FusedUnit, "_evaluation")  # the CPU's kernels cannot read what is on a GPU
     net: Any = make_net("e3k3 e6k5s id", "hswish")
     net.choices[1][0] = Odd(net.choices[1][0])
     images, targets = draw(6)
@@ -311,6 +313,7 @@ def test_recognised_operations_run_fused_beside_others(
     if bn == "recalibrated":
         kwargs["calibration"] = draw(7, seed=8)[0]
     expected = exact_losses(net, paths, images, targets, **kwargs)
+    kwargs["max_memory"] = 1 << 30  # on a GPU memory is always asked for before
     moved = copy.deepcopy(net).to(cuda.device)
     moved._adapted_chain = replace(Chain.of(moved), partly_fused=True)
     if bn == "recalibrated":
