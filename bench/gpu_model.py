@@ -23,7 +23,7 @@ from gpu_model_page import page
 from gpu_nodes import Measurable, Node, evaluation, layer_nodes
 from gpu_traffic import Counted, Traffic
 from kernel_work import Kinds, Launch, added, expand_depthwise, head_pool, moments, pieces, plain, pointwise
-from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels, gencode
+from nvcc import KERNELS, ROOT, SETUP, Compiled, Resources, compile_kernels
 from occupancy import MULTIPROCESSORS, resident_blocks
 from sass import Kernel, disassemble
 
@@ -147,7 +147,7 @@ def build_recorder(compiled: Compiled) -> Path:
             nvcc,
             *SETUP.NVCC_FLAGS,
             *headers,
-            *gencode(ARCHITECTURE),
+            *SETUP.gencode([ARCHITECTURE]),
             "-c",
             str(folder / "record_launches.cu"),
             "-o",

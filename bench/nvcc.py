@@ -32,7 +32,7 @@ def _setup_py() -> ModuleType:
 
 
 SETUP = _setup_py()
-# Compute capabilities as in TORCH_CUDA_ARCH_LIST; the last one ends with +PTX.
+# Compute capabilities as in TORCH_CUDA_ARCH_LIST.
 BUILT_FOR: tuple[str, ...] = tuple(SETUP.ARCHITECTURES.split(";"))
 
 
@@ -88,21 +88,13 @@ def sources() -> list[Path]:
     return sorted(KERNELS.glob("**/*.cu"), key=lambda path: (path.stem not in _SLOWEST, path.stem))
 
 
-def gencode(architecture: str) -> list[str]:
-    """Options of nvcc for one element of TORCH_CUDA_ARCH_LIST."""
-    digits = architecture.removesuffix("+PTX").replace(".", "")
-    codes = f"sm_{digits}" + (f",compute_{digits}" if architecture.endswith("+PTX") else "")
-    return ["-gencode", f"arch=compute_{digits},code=[{codes}]"]
-
-
 def compile_kernels(architectures: Sequence[str], folder: Path, *, jobs: int = 2) -> Compiled:
     """Compiles every kernel for `architectures`; raises RuntimeError with what nvcc says of the first that fails."""
     nvcc = SETUP.find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc: expected on PATH or under CUDA_HOME/bin, found none")
     command = [nvcc, *SETUP.NVCC_FLAGS, "-Xptxas", "-v", "-I", str(ROOT / "csrc"), "-I", str(KERNELS)]
-    for architecture in architectures:
-        command += gencode(architecture)
+    command += SETUP.gencode(architectures)
 
     def compile_one(source: Path) -> tuple[list[Resources], dict[tuple[str, str], float]]:
         kept = folder / source.stem
@@ -116,7 +108,7 @@ def compile_kernels(architectures: Sequence[str], folder: Path, *, jobs: int = 2
             raise RuntimeError(f"{source.name}: nvcc failed:\n{complaints(done.stdout + done.stderr)}")
         bounds = {}
         for ptx in kept.glob("*.ptx"):
-            bounds |= launch_bounds(ptx.read_text())
+            bounds |= launch_bounds(ptx.read_text(), architectures)
         return read_ptxas(done.stderr, source.stem, bounds), read_times(times.read_text(), source.stem)
 
     resources: list[Resources] = []
@@ -171,12 +163,18 @@ def read_ptxas(said: str, source: str, bounds: dict[tuple[str, str], tuple[int, 
     return [Resources(**{**vars(entry), "kernel": name}) for entry, name in zip(found, names, strict=True)]
 
 
-def launch_bounds(ptx: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """Threads of a block and blocks of a multiprocessor of the kernels in PTX, by symbol and digits of its target."""
-    found = {}
+def launch_bounds(ptx: str, architectures: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Threads of a block and blocks of a multiprocessor of the kernels in PTX, by symbol and digits of the
+    architecture: all those of `architectures` for which it is compiled."""
     target = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
     if target is None:
         raise ValueError("ptx: expected a target, found none")
+    served = [
+        architecture.removesuffix("+PTX").replace(".", "")
+        for architecture in architectures
+        if SETUP.ptx_of(architecture, architectures).replace(".", "") == target[1]
+    ]
+    found = {}
     for symbol, header in re.findall(r"\.entry\s+(\w+)\s*\((?:[^{]*?)\)([^{]*)\{", ptx):
         threads = re.search(r"\.maxntid\s+([\d, ]+)", header)
         least = re.search(r"\.minnctapersm\s+(\d+)", header)
@@ -185,7 +183,7 @@ def launch_bounds(ptx: str) -> dict[tuple[str, str], tuple[int, int]]:
         count = 1
         for extent in threads[1].replace(",", " ").split():
             count *= int(extent)
-        found[symbol, target[1]] = (count, int(least[1]) if least else 1)
+        found |= {(symbol, digits): (count, int(least[1]) if least else 1) for digits in served}
     return found
 
 

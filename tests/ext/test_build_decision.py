@@ -109,3 +109,19 @@ def test_cuda_home_without_headers(setup_py: ModuleType, tmp_path: Path) -> None
     lonely.chmod(0o755)
     with pytest.raises(SystemExit, match=r"CUDA_HOME: expected the folder that holds include/cuda_runtime\.h"):
         setup_py.cuda_home(str(lonely))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "codes"),
+    [
+        (["8.6"], ["arch=compute_86,code=[sm_86]"]),
+        (["9.0", "12.0+PTX"], ["arch=compute_90,code=[sm_90]", "arch=compute_120,code=[sm_120,compute_120]"]),
+        (["8.0", "8.6", "8.9", "9.0"], ["arch=compute_80,code=[sm_80,sm_86,sm_89]", "arch=compute_90,code=[sm_90]"]),
+        (["10.0+PTX", "12.0"], ["arch=compute_100,code=[sm_100,compute_100,sm_120]"]),
+        (["8.0", "8.6+PTX"], ["arch=compute_80,code=[sm_80]", "arch=compute_86,code=[sm_86,compute_86]"]),
+    ],
+)
+def test_options_of_nvcc(setup_py: ModuleType, architectures: list[str], codes: list[str]) -> None:
+    options = setup_py.gencode(architectures)
+    assert options[::2] == ["-gencode"] * len(codes)
+    assert options[1::2] == codes

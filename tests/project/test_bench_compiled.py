@@ -172,9 +172,9 @@ def test_launch_bounds_are_read_of_ptx(bench):
 }
 """
     launch_bounds = bench("nvcc").launch_bounds
-    assert launch_bounds(ptx) == {("_Z5smallPf", "90"): (256, 3), ("_Z5plainPf", "90"): (64, 1)}
+    assert launch_bounds(ptx, ["9.0"]) == {("_Z5smallPf", "90"): (256, 3), ("_Z5plainPf", "90"): (64, 1)}
     with pytest.raises(ValueError, match="_Z5plainPf: expected __launch_bounds__, found none"):
-        launch_bounds(ptx.replace(".maxntid 64\n", ""))
+        launch_bounds(ptx.replace(".maxntid 64\n", ""), ["9.0"])
 
 
 def test_names_lose_namespaces_and_parameters(bench):
@@ -183,12 +183,6 @@ def test_names_lose_namespaces_and_parameters(bench):
         "(greedynas::cuda::Group<greedynas::cuda::Project>, int, int, int)"
     )
     assert bench("nvcc").short_name(name) == "project_kernel<PointwiseTile<16, 32, 1>, true>"
-
-
-def test_options_for_an_architecture(bench):
-    gencode = bench("nvcc").gencode
-    assert gencode("8.6") == ["-gencode", "arch=compute_86,code=[sm_86]"]
-    assert gencode("12.0+PTX") == ["-gencode", "arch=compute_120,code=[sm_120,compute_120]"]
 
 
 # ---- occupancy and budgets
