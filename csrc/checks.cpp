@@ -75,7 +75,8 @@ void check_path_cross_entropy(const Tensor& logits, const Tensor& targets, doubl
                                                 ScalarType::Half}),
         op, ": logits should be float64, float32, bfloat16 or float16 [m, N, C], got ", describe(logits));
   check(logits.size(1) > 0 && logits.size(2) > 0, op,
-        ": logits should have at least one image and one class (dimensions 1 and 2), got ", describe(logits));
+        ": logits should be of at least one image and one class (dimensions 1 and 2), got ",
+        describe(logits));
   check(is_vector(targets, ScalarType::Long) && targets.size(0) == logits.size(1), op,
         ": targets should be int64 [N=", logits.size(1), "], got ", describe(targets));
   check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing should be in [0, 1], got ",

@@ -39,6 +39,7 @@ def _stream(tensor: Tensor) -> int:
 
 def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.path_cross_entropy`; a target out of range gives NaN, where the CPU raises an error."""
+    _check_path_cross_entropy(logits, targets, label_smoothing)
     module = _module(logits)
     if module is None:
         return reference.path_cross_entropy(logits, targets, label_smoothing)
@@ -68,6 +69,11 @@ def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
 
 def select_top_k(losses: Tensor, k: int) -> Tensor:
     """`ops.select_top_k`."""
+    op = "select_top_k"
+    vector = losses.dim() == 1 and losses.dtype in (torch.float32, torch.float64)
+    _require(op, "losses", losses, vector, "float64 or float32 [m]")
+    if not 0 <= k <= len(losses):
+        raise ValueError(f"{op}: k should be in [0, m={len(losses)}], got {k}")
     module = _module(losses)
     if module is None or k == 0:
         return reference.select_top_k(losses, k)
@@ -171,25 +177,41 @@ def _run(
             outputs[place] = written[place, ..., : block.out_channels]
 
 
+def _check_path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> None:
+    """ValueError, in the words of csrc/checks.cpp, for arguments that it refuses."""
+    op = "path_cross_entropy"
+    floating = logits.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    _require(op, "logits", logits, floating and logits.dim() == 3, "float64, float32, bfloat16 or float16 [m, N, C]")
+    filled = min(logits.shape[1:]) > 0
+    _require(op, "logits", logits, filled, "of at least one image and one class (dimensions 1 and 2)")
+    fitting = targets.dtype == torch.int64 and targets.shape == logits.shape[1:2]
+    _require(op, "targets", targets, fitting, f"int64 [N={logits.shape[1]}]")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing should be in [0, 1], got {label_smoothing:g}")
+    if targets.device != logits.device:
+        raise ValueError(f"{op}: targets should be on the device of logits")
+
+
 def _checked(
     inputs: Tensor, input_index: Tensor, op_index: Tensor, block: PackedBlock, statistics: Tensor | None
 ) -> tuple[list[int], list[int]]:
     """The indices, where the arguments are what csrc/checks.h asks for; else ValueError with its words."""
+    require = functools.partial(_require, "mixed_op")
     dtype = str(inputs.dtype).removeprefix("torch.")
     count = input_index.numel()
     whole = inputs.dim() == 5 and inputs.dtype in (torch.float32, torch.float64)
-    _require("inputs", inputs, whole, "float64 or float32 [B, N, H, W, C]")
-    _require("inputs", inputs, min(inputs.shape[1:]) > 0, "empty in no dimension but the first")
+    require("inputs", inputs, whole, "float64 or float32 [B, N, H, W, C]")
+    require("inputs", inputs, min(inputs.shape[1:]) > 0, "empty in no dimension but the first")
     index = input_index.dtype == torch.int64 and input_index.dim() == 1
-    _require("input_index", input_index, index, "int64 [P]")
+    require("input_index", input_index, index, "int64 [P]")
     index = op_index.dtype == torch.int64 and op_index.shape == (count,)
-    _require("op_index", op_index, index, f"int64 [P={count}] as input_index is")
+    require("op_index", op_index, index, f"int64 [P={count}] as input_index is")
     same = block.weights.dtype == inputs.dtype and block.weights.dim() == 1
-    _require("weights", block.weights, same, f"{dtype} [size] as inputs are")
+    require("weights", block.weights, same, f"{dtype} [size] as inputs are")
     _check_table(block.op_table, block.bn_eps, inputs.shape[4], block.weights.numel(), inputs.dtype)
     if statistics is not None:
         same = statistics.dtype == inputs.dtype and statistics.shape == (count, block.statistics_width)
-        _require("statistics", statistics, same, f"{dtype} [P={count}, S={block.statistics_width}]")
+        require("statistics", statistics, same, f"{dtype} [P={count}, S={block.statistics_width}]")
     for name, tensor in (("weights", block.weights), ("statistics", statistics)):
         if tensor is not None and tensor.device != inputs.device:
             raise ValueError(f"mixed_op: {name} should be on the device of inputs")
@@ -212,9 +234,9 @@ def _check_table(
     torch.ops.greedynas.mixed_op(inputs, none, none, sections, op_table, bn_eps)
 
 
-def _require(name: str, tensor: Tensor, condition: bool, expected: str) -> None:
+def _require(op: str, name: str, tensor: Tensor, condition: bool, expected: str) -> None:
     if not condition:
-        raise ValueError(f"mixed_op: {name} should be {expected}, got {describe(tensor)}")
+        raise ValueError(f"{op}: {name} should be {expected}, got {describe(tensor)}")
 
 
 def _check_range(name: str, values: list[int], bound: int, bound_name: str) -> None:

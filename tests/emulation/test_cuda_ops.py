@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from greedynas_ext import ops_cuda, reference
+from greedynas_ext import ops, ops_cuda, reference
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +37,42 @@ def test_select_top_k(cuda: Any) -> None:
     for k in range(1, 7):
         assert torch.equal(ops_cuda.select_top_k(losses, k), reference.select_top_k(losses, k))
     assert ops_cuda.select_top_k(losses, 0).shape == (0,)
+
+
+ZEROS, TARGETS = torch.zeros, torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "label_smoothing"),
+    [
+        (ZEROS(4, 3), TARGETS, 0.0),
+        (ZEROS(2, 4, 3, dtype=torch.int64), TARGETS, 0.0),
+        (ZEROS(2, 0, 3), TARGETS[:0], 0.0),
+        (ZEROS(2, 4, 0), TARGETS, 0.0),
+        (ZEROS(2, 4, 3), TARGETS[:3], 0.0),
+        (ZEROS(2, 4, 3), TARGETS.int(), 0.0),
+        (ZEROS(2, 4, 3), TARGETS[:, None], 0.0),
+        (ZEROS(2, 4, 3), TARGETS, 1.25),
+        (ZEROS(2, 4, 3), TARGETS, -0.1),
+        (ZEROS(2, 4, 3), TARGETS, float("nan")),
+    ],
+)
+def test_path_cross_entropy_refuses_what_the_cpu_does(
+    cuda: Any, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+) -> None:
+    with pytest.raises(ValueError, match=r"^path_cross_entropy: ") as expected:
+        ops.path_cross_entropy(logits, targets, label_smoothing)
+    with pytest.raises(ValueError, match=r"^path_cross_entropy: ") as found:
+        ops_cuda.path_cross_entropy(logits.to(cuda.device), targets.to(cuda.device), label_smoothing)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("losses", "k"), [(ZEROS(3), 4), (ZEROS(3), -1), (ZEROS(3, 1), 1), (ZEROS(3, dtype=torch.bfloat16), 1)]
+)
+def test_select_top_k_refuses_what_the_cpu_does(cuda: Any, losses: torch.Tensor, k: int) -> None:
+    with pytest.raises(ValueError, match=r"^select_top_k: ") as expected:
+        ops.select_top_k(losses, k)
+    with pytest.raises(ValueError, match=r"^select_top_k: ") as found:
+        ops_cuda.select_top_k(losses.to(cuda.device), k)
+    assert str(found.value) == str(expected.value)
