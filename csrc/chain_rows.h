@@ -1,5 +1,5 @@
-// Chains, steps and units from the arrays in which Python hands them over (greedynas_ext/fused.py and
-// fused_operation.py). Addresses come from tensors that the caller keeps alive.
+// Chains, steps and units from the arrays in which Python hands them over (greedynas_ext/rows.py). Addresses
+// come from tensors that the caller keeps alive.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -18,7 +18,7 @@ using Rows = pybind11::array_t<int64_t, pybind11::array::c_style>;
 using Doubles = pybind11::array_t<double, pybind11::array::c_style>;
 using Steps = pybind11::array_t<int32_t, pybind11::array::c_style>;
 
-// Columns of a row that describes an operation, in the order of greedynas_ext/fused.py.
+// Columns of a row that describes an operation, in the order of greedynas_ext/rows.py.
 inline OperationSource operation_from(const int64_t* row, const double* eps) {
   int64_t column = 0;
   const auto next = [&] { return row[column++]; };

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from greedynas_ext import _library, ops, ops_cuda
 from greedynas_ext.arguments import Chain, Operation
 from greedynas_ext.block_layout import PackedBlock
-from greedynas_ext.fused import Rows
 from greedynas_ext.intercept import Interceptor
 from greedynas_ext.packing import ConvBNWeights, pack_choice_block, running_statistics
 from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head, recognise_stem
 from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_stem
+from greedynas_ext.rows import Rows
 from greedynas_ext.unit import UnitWeights
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
