@@ -58,7 +58,7 @@ class Way:
     def serves(self, supernet: SupernetLike) -> bool:
         """Whether it can run the supernet."""
         if isinstance(supernet, AdaptedSupernet):
-            return self.own or supernet.reason is None
+            return self.own or hasattr(supernet, "stem")  # not where layers are no columns of a path
         return not self.own
 
 
@@ -93,19 +93,25 @@ def _forget_statistics(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module, bn: str) -> Iterator[None]:
-    """`module` itself in evaluation mode, by the policy `bn`; afterwards as before."""
+    """`module` itself in evaluation mode, by the policy `bn`; afterwards as before.
+
+    For statistics of the batch its normalisations are in training mode on copies of the stored ones: there may be
+    forwards that slice those.
+    """
     training = {part: part.training for part in module.modules()}
-    names = ("track_running_stats", "running_mean", "running_var", "num_batches_tracked")
     norms = [part for part in training if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, name, getattr(norm, name)) for norm in norms for name in names]
+    stored = [(norm, name, buffer) for norm in norms for name, buffer in norm._buffers.items() if buffer is not None]
     try:
         module.eval()
         if bn == "batch":
-            _forget_statistics(module)
+            for norm, name, buffer in stored:
+                setattr(norm, name, buffer.clone())
+            for norm in norms:
+                norm.training = True
         yield
     finally:
-        for norm, name, value in kept:
-            setattr(norm, name, value)
+        for norm, name, buffer in stored:
+            setattr(norm, name, buffer)
         for part, flag in training.items():
             part.training = flag
 
@@ -299,6 +305,19 @@ def _ways() -> list[Way]:
 WAYS: tuple[Way, ...] = tuple(_ways())
 
 
+@contextlib.contextmanager
+def _contiguous(module: nn.Module) -> Iterator[None]:
+    """The weights of `module` in the layout that is not channels_last; afterwards where they were."""
+    stored = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, data in stored:
+            parameter.data = data.to(memory_format=torch.contiguous_format)
+        yield
+    finally:
+        for parameter, data in stored:
+            parameter.data = data
+
+
 def reference_losses(supernet: SupernetLike, paths: Tensor, images: Tensor, targets: Tensor, bn: str) -> list[float]:
     """Losses that others are compared with: of the supernet's modules in fp32, not in channels_last.
 
@@ -307,7 +326,8 @@ def reference_losses(supernet: SupernetLike, paths: Tensor, images: Tensor, targ
     supernet's are those of its own forward.
     """
     if isinstance(supernet, AdaptedSupernet):
-        return _own_way("fp32", supernet, paths, images.contiguous(), targets, bn)()
+        with _contiguous(supernet.module):
+            return _own_way("fp32", supernet, paths, images.contiguous(), targets, bn)()
     twin = copy.deepcopy(shared_copy(supernet, bn)).to(memory_format=torch.contiguous_format)
     chain = Chain(twin, compiled=False)
     with torch.no_grad():
