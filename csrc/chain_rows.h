@@ -36,6 +36,8 @@ inline OperationSource operation_from(const int64_t* row, const double* eps) {
   o.se_channels = next();
   o.se_gate = next();
   o.residual = next();
+  o.pooling = next();
+  o.unnormalised = next();
   o.expand = pointer();
   o.depthwise = pointer();
   o.se_reduce_weight = pointer();
@@ -54,14 +56,14 @@ inline OperationSource operation_from(const int64_t* row, const double* eps) {
   return o;
 }
 
-inline constexpr int64_t kColumns = 12 + 7 + 4 * kBatchNormStages;
+inline constexpr int64_t kColumns = 14 + 7 + 4 * kBatchNormStages;
 
 inline ChainSource chain_source(const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
                                 int64_t classifier_weight, int64_t classifier_bias, int64_t classes) {
   if (rows.ndim() != 2 || rows.shape(1) != kColumns || eps.ndim() != 2 || eps.shape(0) != rows.shape(0) ||
       eps.shape(1) != kBatchNormStages || nodes.ndim() != 2 || nodes.shape(1) != 3 ||
       rows.shape(0) < stem_blocks + 2) {
-    throw std::invalid_argument("rows, eps, nodes: expected [R, 31], [R, 3] and [nodes, 3]");
+    throw std::invalid_argument("rows, eps, nodes: expected [R, 33], [R, 3] and [nodes, 3]");
   }
   ChainSource source;
   const int64_t num_operations = rows.shape(0) - stem_blocks - 2;
@@ -90,14 +92,15 @@ inline ChainSource chain_source(const Rows& rows, const Doubles& eps, int64_t st
 }
 
 // Each branch: how many of the operations in `rows`, which stand in the order of the branches, it has; first,
-// step and number of the channels that it reads, and of those that it writes.
-inline constexpr int64_t kBranchColumns = 7;
+// step and number of the channels that it reads, and of those that it writes; the activation of what it
+// reads.
+inline constexpr int64_t kBranchColumns = 8;
 
 inline UnitSource unit_source(const Rows& rows, const Doubles& eps, const Rows& branches, int64_t in_channels,
                               int64_t out_channels) {
   if (rows.ndim() != 2 || rows.shape(1) != kColumns || eps.ndim() != 2 || eps.shape(0) != rows.shape(0) ||
       eps.shape(1) != kBatchNormStages || branches.ndim() != 2 || branches.shape(1) != kBranchColumns) {
-    throw std::invalid_argument("rows, eps, branches: expected [R, 31], [R, 3] and [branches, 7]");
+    throw std::invalid_argument("rows, eps, branches: expected [R, 33], [R, 3] and [branches, 8]");
   }
   UnitSource unit;
   unit.in_channels = in_channels;
@@ -105,7 +108,7 @@ inline UnitSource unit_source(const Rows& rows, const Doubles& eps, const Rows& 
   int64_t operation = 0;
   for (int64_t b = 0; b < branches.shape(0); ++b) {
     const int64_t* row = branches.data(b);
-    BranchSource branch{{row[1], row[2], row[3]}, {row[4], row[5], row[6]}, {}};
+    BranchSource branch{{row[1], row[2], row[3]}, {row[4], row[5], row[6]}, {}, row[7]};
     if (row[0] < 0 || row[0] > rows.shape(0) - operation)
       throw std::invalid_argument("branches: expected as many operations as there are rows");
     for (int64_t i = 0; i < row[0]; ++i, ++operation)

@@ -7,6 +7,11 @@
 
 namespace greedynas {
 
+// Of a unit (unit_source.h), beside the Kinds: maxima or means over windows of kernel x kernel pixels, padded
+// by kernel / 2, [BN,] act. A mean is over the pixels that there are, or over all with the padding for zeros.
+inline constexpr int64_t kPool = 3;
+enum Pooling : int64_t { kNoPooling = 0, kMaximum = 1, kMean = 2, kMeanWithPadding = 3 };
+
 // Weights where they are, on the device that is to use them: float, or double where kernels compute in it.
 struct BatchNormSource {
   const void *gamma = nullptr, *beta = nullptr;     // null: 1 and 0
@@ -15,13 +20,16 @@ struct BatchNormSource {
 };
 
 struct OperationSource {
-  int64_t kind = kIdentity;  // Kind; of the stem's convolution and the head kConvBn
+  int64_t kind = kIdentity;  // Kind or kPool; of the stem's convolution and the head kConvBn
   int64_t in_channels = 0, hidden_channels = 0, out_channels = 0;
   int64_t kernel = 1, stride = 1;
-  // After expand, or of a kConvBn's output; after the depthwise convolution; after project.
+  // After expand, or of the output of a kConvBn or kPool; after the depthwise convolution; after project.
   int64_t activation = kLinear, depthwise_activation = kLinear, project_activation = kLinear;
   int64_t se_channels = 0, se_gate = kHsigmoid;
   int64_t residual = 0;
+  int64_t pooling = kNoPooling;  // of a kPool
+  // Stages without a BatchNorm, as bits: in units kDepthwiseBn, and kProjectBn, which a kPool's output is of.
+  int64_t unnormalised = 0;
   // Contiguous as [out, in] and [hidden, kernel, kernel], or, where channels_fastest, as choice_block.h packs
   // them.
   bool channels_fastest = false;
@@ -31,6 +39,12 @@ struct OperationSource {
   const void *se_expand_weight = nullptr, *se_expand_bias = nullptr;
   const void* project = nullptr;  // [out, hidden]; of kConvBn [out, in, kernel, kernel]
   BatchNormSource batch_norms[kBatchNormStages];
+
+  bool normalises(int64_t stage) const {
+    const bool stages[kBatchNormStages] = {expand != nullptr, depthwise != nullptr,
+                                           project != nullptr || kind == kPool};
+    return stages[stage] && !(unnormalised >> stage & 1);
+  }
 
   // Inputs of each output of `project`.
   int64_t depth() const { return kind == kConvBn ? in_channels * kernel * kernel : hidden_channels; }

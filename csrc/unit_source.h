@@ -22,6 +22,7 @@ struct Channels {
 struct BranchSource {
   Channels reads, writes;
   std::vector<OperationSource> operations;  // no identities; none at all: the channels as they are
+  int64_t activation = kLinear;             // of what is read, before the first operation
 
   int64_t stride() const {
     int64_t stride = 1;
@@ -53,9 +54,12 @@ inline void check_unit(const UnitSource& unit) {
     int64_t channels = b.reads.count;
     for (const OperationSource& o : b.operations) {
       require(o.kind != kIdentity && o.in_channels == channels, "operations that fit together");
+      require(o.kind != kPool || (o.out_channels == channels && o.kernel % 2 == 1),
+              "pooling of odd windows that keeps the channels");
       channels = o.out_channels;
     }
     require(channels == b.writes.count && b.stride() == unit.stride(), "branches of one shape");
+    require(b.activation == kLinear || !b.operations.empty(), "an operation after the activation");
     for (int64_t c = 0; c < b.writes.count; ++c) {
       char& once = written[b.writes.first + c * b.writes.step];
       require(once == 0, "each output channel from one branch");

@@ -15,7 +15,8 @@ from greedynas_ext.adapt_select import kept_attributes
 from greedynas_ext.arguments import Chain
 from greedynas_ext.intercept import Interceptor
 from greedynas_ext.isolation import held_interrupts, undisturbed
-from greedynas_ext.packing import ConvBNWeights, IdentityWeights, OperationWeights, pack_choice_block
+from greedynas_ext.operations import Described, PoolWeights, SeparableWeights
+from greedynas_ext.packing import ConvBNWeights, IdentityWeights, pack_choice_block
 from greedynas_ext.recognise import (
     HeadWeights,
     StemWeights,
@@ -139,25 +140,41 @@ def _unit(weights: UnitWeights, x: Tensor) -> Tensor:
     size = weights.size_after((x.shape[2], x.shape[3]))
     output = x.new_full((len(x), weights.out_channels, *size), float("nan"))
     for branch in weights.branches:
-        y = x[:, list(branch.reads)]
+        y = reference.activation(branch.activation)(x[:, list(branch.reads)])
         for operation in branch.operations:
             y = _operation(operation, y)
         output[:, list(branch.writes)] = y
     return output
 
 
-def _operation(weights: OperationWeights, x: Tensor) -> Tensor:
+def _operation(weights: Described, x: Tensor) -> Tensor:
     if isinstance(weights, ConvBNWeights):
-        kernel = weights.weight.shape[2] if weights.weight.dim() == 4 else 1
-        weight = weights.weight.reshape(*weights.weight.shape[:2], kernel, kernel)
-        x = F.conv2d(x, weight, stride=weights.stride, padding=kernel // 2)
-        x = F.batch_norm(x, None, None, weights.bn.weight, weights.bn.bias, True, 0.0, weights.bn.eps)
-        return reference.activation(weights.activation)(x)
+        return _normalised(weights, _conv(weights.weight, x, weights.stride))
+    if isinstance(weights, SeparableWeights):
+        x = _conv(weights.depthwise, x, weights.stride, groups=len(weights.depthwise))
+        return _normalised(weights, _conv(weights.project, x))
+    if isinstance(weights, PoolWeights):
+        window = (weights.kernel, weights.stride, weights.kernel // 2)
+        if weights.pooling == "maximum":
+            return _normalised(weights, F.max_pool2d(x, *window))
+        return _normalised(weights, F.avg_pool2d(x, *window, count_include_pad=weights.pooling == "mean with padding"))
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     block = pack_choice_block([weights], dtype=wide)
     index = torch.zeros(1, dtype=torch.int64)
     output, _ = reference.mixed_op(x.to(wide).permute(0, 2, 3, 1)[None], index, index, block)
     return output[0].permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _conv(weight: Tensor, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
+    kernel = weight.shape[2] if weight.dim() == 4 else 1
+    weight = weight.reshape(*weight.shape[:2], kernel, kernel)
+    return F.conv2d(x, weight, stride=stride, padding=kernel // 2, groups=groups)
+
+
+def _normalised(weights: ConvBNWeights | SeparableWeights | PoolWeights, x: Tensor) -> Tensor:
+    if weights.bn is not None:
+        x = F.batch_norm(x, None, None, weights.bn.weight, weights.bn.bias, True, 0.0, weights.bn.eps)
+    return reference.activation(weights.activation)(x)
 
 
 def _error(actual: Tensor, expected: Tensor) -> str | None:

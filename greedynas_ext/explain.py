@@ -139,7 +139,7 @@ class _Reasons:
     def of(self, part: Part, place: str, costs: list[tuple[Cost, int]]) -> str | None:
         """Of an operation (layer, op), "stem" or "head" at `place`, that costs as much."""
         described = self._decision.described
-        if self._work.whole or any(cost.fused for cost, _ in costs):
+        if self._work.whole or any(cost.by_kernels for cost, _ in costs):
             return None
         assert isinstance(described, str)
         if self._unfused is not None:

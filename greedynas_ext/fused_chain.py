@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from greedynas_ext.arguments import Chain
-from greedynas_ext.packing import (
-    BatchNormWeights,
-    ConvBNWeights,
-    IdentityWeights,
-    OperationWeights,
+from greedynas_ext.operations import (
+    Size,
+    area,
+    operation_macs,
+    operation_norms,
+    operation_numbers,
+    operation_shape,
+    size_after,
 )
+from greedynas_ext.packing import IdentityWeights, OperationWeights
 from greedynas_ext.plan import STEM, Trie
 from greedynas_ext.recognise import (
     HeadWeights,
@@ -26,7 +30,6 @@ from greedynas_ext.recognise import (
     recognise_stem,
 )
 
-Size: TypeAlias = tuple[int, int]  # height, width
 Part: TypeAlias = tuple[int, int] | str  # an operation (layer, op), "stem", "head", or "choices" for all of them
 
 
@@ -70,19 +73,19 @@ class FusedChain:
 
     def sizes(self, trie: Trie, resolution: Size) -> tuple[list[Size], list[Size]]:
         """Height and width of the outputs of the stem's convolution and blocks, and of each node of `trie`."""
-        stem = [_after(resolution, self.stem.stride)]
+        stem = [size_after(resolution, self.stem.stride)]
         for block in self.stem.blocks:
-            stem.append(_after(stem[-1], block.stride))
+            stem.append(size_after(stem[-1], block.stride))
         nodes: list[Size] = []
         for node in trie.nodes:
             into = stem[-1] if node.parent == STEM else nodes[node.parent]
-            nodes.append(_after(into, operation_shape(self.operations[node.layer, node.op])[2]))
+            nodes.append(size_after(into, operation_shape(self.operations[node.layer, node.op])[2]))
         return stem, nodes
 
     def macs(self, trie: Trie, resolution: Size) -> tuple[int, list[int], int]:
         """Multiply-accumulates of one image: the stem, each node of `trie`, a head."""
         stem_sizes, sizes = self.sizes(trie, resolution)
-        stem = _area(stem_sizes[0]) * self.stem.conv.numel()
+        stem = area(stem_sizes[0]) * self.stem.conv.numel()
         for block, into in zip(self.stem.blocks, stem_sizes, strict=False):
             stem += operation_macs(block, into)
         nodes = []
@@ -90,12 +93,12 @@ class FusedChain:
             operation = self.operations[node.layer, node.op]
             nodes.append(operation_macs(operation, stem_sizes[-1] if node.parent == STEM else sizes[node.parent]))
         # The last node ends a path: nodes stand in order of their layers.
-        return stem, nodes, _area(sizes[-1]) * self.head.conv.numel() + self.head.weight.numel()
+        return stem, nodes, area(sizes[-1]) * self.head.conv.numel() + self.head.weight.numel()
 
     def numbers(self, trie: Trie, resolution: Size, of_batch: bool) -> tuple[int, list[int], int]:
         """Numbers written to maps for one image: by the stem, each node of `trie`, a head (its logits)."""
         stem_sizes, sizes = self.sizes(trie, resolution)
-        stem = (1 + of_batch) * _area(stem_sizes[0]) * self.stem.conv.shape[0]
+        stem = (1 + of_batch) * area(stem_sizes[0]) * self.stem.conv.shape[0]
         for block, into in zip(self.stem.blocks, stem_sizes, strict=False):
             stem += operation_numbers(block, into, of_batch)
         nodes = []
@@ -110,14 +113,14 @@ class FusedChain:
         channels = self.stem.blocks[-1].project.shape[0] if self.stem.blocks else self.stem.conv.shape[0]
         nodes = []
         for node, size in zip(trie.nodes, sizes, strict=True):
-            nodes.append(_area(size) * operation_shape(self.operations[node.layer, node.op])[1])
-        return _area(stem_sizes[-1]) * channels, nodes, int(self.head.weight.shape[0])
+            nodes.append(area(size) * operation_shape(self.operations[node.layer, node.op])[1])
+        return area(stem_sizes[-1]) * channels, nodes, int(self.head.weight.shape[0])
 
     def check_single_values(self, argument: str, trie: Trie, count: int, resolution: Size) -> None:
         """Raises ValueError, as torch does, where `count` images give a batch normalisation one value per channel."""
 
         def check(place: str, size: Size, channels: int) -> None:
-            if count * _area(size) == 1:
+            if count * area(size) == 1:
                 raise ValueError(
                     f"{argument}: a batch normalisation in {place} sees a single value per channel (its input is "
                     f"{[1, channels, 1, 1]}), whose variance is no statistic; expected more images or a larger "
@@ -215,60 +218,3 @@ def _tensors(part: object) -> Iterator[Tensor]:
     elif isinstance(part, tuple):
         for value in part:
             yield from _tensors(value)
-
-
-def operation_shape(operation: OperationWeights) -> tuple[int, int, int]:
-    """Channels in, channels out, stride."""
-    if isinstance(operation, IdentityWeights):
-        return operation.channels, operation.channels, 1
-    if isinstance(operation, ConvBNWeights):
-        return operation.weight.shape[1], operation.weight.shape[0], operation.stride
-    first = operation.depthwise if operation.expand is None else operation.expand
-    into = first.shape[0] if operation.expand is None else first.shape[1]
-    return into, operation.project.shape[0], operation.stride
-
-
-def operation_norms(
-    operation: OperationWeights,
-) -> tuple[BatchNormWeights | None, BatchNormWeights | None, BatchNormWeights | None]:
-    """After expand, depthwise and project."""
-    if isinstance(operation, IdentityWeights):
-        return None, None, None
-    if isinstance(operation, ConvBNWeights):
-        return None, None, operation.bn
-    return operation.expand_bn, operation.depthwise_bn, operation.project_bn
-
-
-def _after(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
-def _area(size: Size) -> int:
-    return size[0] * size[1]
-
-
-def operation_macs(block: OperationWeights, into: Size) -> int:
-    """Multiply-accumulates of an operation on one image of size `into`."""
-    if isinstance(block, IdentityWeights):
-        return 0
-    if isinstance(block, ConvBNWeights):
-        return int(_area(_after(into, block.stride)) * block.weight.numel())
-    macs = _area(_after(into, block.stride)) * (block.depthwise.numel() + block.project.numel())
-    if block.expand is not None:
-        macs += _area(into) * block.expand.numel()
-    if block.squeeze_excitation is not None:
-        macs += block.squeeze_excitation.reduce_weight.numel() + block.squeeze_excitation.expand_weight.numel()
-    return int(macs)
-
-
-def operation_numbers(block: OperationWeights, into: Size, of_batch: bool) -> int:
-    """Numbers that the kernels of an operation write to maps, for one image of size `into`.
-
-    The depthwise output, which stays in the cache where statistics are known, and the output, with the statistics of
-    the batch (`of_batch`) twice.
-    """
-    if isinstance(block, IdentityWeights):
-        return 0
-    _, out, stride = operation_shape(block)
-    hidden = 0 if isinstance(block, ConvBNWeights) else block.depthwise.shape[0]
-    return _area(_after(into, stride)) * (int(hidden) + (1 + of_batch) * out)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from greedynas_ext import _library, arguments
 from greedynas_ext.fused import FusedEngine
-from greedynas_ext.fused_chain import FusedChain, operation_shape
+from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.isolation import held_interrupts
+from greedynas_ext.operations import operation_shape
 from greedynas_ext.ops_cuda import MOST_MEASURED
 from greedynas_ext.packing import InvertedBottleneckWeights
 from greedynas_ext.profile import StageProfile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from greedynas_ext import _library, ops, ops_cuda
 from greedynas_ext.arguments import Chain, Operation
-from greedynas_ext.block_layout import PackedBlock
+from greedynas_ext.block_layout import ACTIVATIONS, PackedBlock
 from greedynas_ext.intercept import Interceptor
-from greedynas_ext.packing import ConvBNWeights, pack_choice_block, running_statistics
+from greedynas_ext.operations import Described
+from greedynas_ext.packing import (
+    ConvBNWeights,
+    InvertedBottleneckWeights,
+    OperationWeights,
+    pack_choice_block,
+    running_statistics,
+)
 from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head, recognise_stem
 from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_stem
 from greedynas_ext.rows import Rows
@@ -59,6 +66,7 @@ class FusedUnit:
         output = self._by_blocks(x) if ops_cuda.available(x) else self._by_unit(x)
         self._interceptor.macs += macs
         self._interceptor.macs_fused += macs
+        self._interceptor.by_kernels = True
         return output.to(self._dtype)
 
     def _by_unit(self, x: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ class FusedUnit:
             kept = torch.split(self._kept(), [block.statistics_width for block in blocks], dim=1)
         used = []
         x = x.permute(0, 2, 3, 1)[None]
-        for operation, block, given in zip(self._unit.operations(), blocks, kept, strict=True):
+        for operation, block, given in zip(self._row(), blocks, kept, strict=True):
             statistics = running_statistics([operation], block) if policy == "running" else given
             x, statistics = ops.mixed_op(x, node, node, block, statistics)
             used.append(statistics)
@@ -105,7 +113,8 @@ class FusedUnit:
         if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
             return False
         if ops_cuda.available(x):
-            if not self._is_row() or not all(ops_cuda.takes(block.operation(0)) for block in self._packed_blocks()):
+            blocks = self._packed_blocks()
+            if not blocks or not all(ops_cuda.takes(block.operation(0)) for block in blocks):
                 return False
         elif not x.is_cpu:
             return False
@@ -122,7 +131,11 @@ class FusedUnit:
             for operation in unit.operations():
                 self._rows.add(operation)
             branches = [
-                [len(each.operations), *_progression(each.reads), *_progression(each.writes)] for each in unit.branches
+                [
+                    *(len(each.operations), *_progression(each.reads), *_progression(each.writes)),
+                    ACTIVATIONS[each.activation],
+                ]
+                for each in unit.branches
             ]
             self._made = _library.require_chain().UnitEvaluation(
                 *self._rows.arrays(),
@@ -134,18 +147,18 @@ class FusedUnit:
             self._made.pack()
         return self._made
 
-    def _is_row(self) -> bool:
-        unit = self._unit
-        branch = unit.branches[0]
-        return (
-            (branch.reads, branch.writes) == (range(unit.in_channels), range(unit.out_channels))
-            and len(branch.operations) > 0
-            and all(not isinstance(each, ConvBNWeights) or each.weight.shape[2] == 1 for each in branch.operations)
-        )
+    def _row(self) -> tuple[OperationWeights, ...]:
+        """The operations of a unit that is a row of such as `ops.mixed_op` has; none where it is not."""
+        branch = self._unit.branches[0]
+        whole = (range(self._unit.in_channels), range(self._unit.out_channels))
+        if (branch.reads, branch.writes) != whole or branch.activation != "linear":
+            return ()
+        row = tuple(each for each in branch.operations if _is_packable(each))
+        return row if len(row) == len(branch.operations) else ()
 
     def _packed_blocks(self) -> list[PackedBlock]:
         if self._blocks is None:
-            self._blocks = [pack_choice_block([each], dtype=torch.float32) for each in self._unit.operations()]
+            self._blocks = [pack_choice_block([each], dtype=torch.float32) for each in self._row()]
         return self._blocks
 
     def _statistics(self, x: Tensor) -> Tensor | None:
@@ -171,6 +184,12 @@ class FusedUnit:
     def written(self, x: Tensor, of_batch: bool) -> int:
         """Bytes that the kernels write to maps for [N, C, H, W]."""
         return len(x) * self._unit.numbers((x.shape[2], x.shape[3]), of_batch) * self._dtype.itemsize
+
+
+def _is_packable(operation: Described) -> TypeGuard[OperationWeights]:
+    if isinstance(operation, ConvBNWeights):
+        return operation.weight.shape[2] == 1
+    return isinstance(operation, InvertedBottleneckWeights)
 
 
 def _progression(channels: range) -> tuple[int, int, int]:
@@ -225,9 +244,15 @@ def with_fused_parts(
     as_unit = recognise_unit(chain.stem, None) if isinstance(as_stem, Unrecognised) else unit_of_stem(as_stem)
     stem = fused("supernet.stem", chain.stem, as_unit)
     choices = [list(layer) for layer in chain.choices]
+    widths = {0: None if isinstance(as_unit, Unrecognised) else as_unit.out_channels}
     for layer, op in sorted(used):
         part = choices[layer][op]
-        choices[layer][op] = fused(chain.place(layer, op), part, recognise_unit(part, None))
+        unit = recognise_unit(part, None)
+        if isinstance(unit, Unrecognised) and widths.get(layer):
+            unit = recognise_unit(part, widths[layer])  # pooling does not say of how many channels
+        if isinstance(unit, UnitWeights):
+            widths[layer + 1] = unit.out_channels
+        choices[layer][op] = fused(chain.place(layer, op), part, unit)
     head = fused("supernet.head", chain.head, recognise_head(chain.head))
     return replace(chain, stem=stem, choices=tuple(map(tuple, choices)), head=head), reasons if replaced else None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from greedynas_ext.fx_steps import Mismatch, Pending, StepList, Value, is_int, is_number
+from greedynas_ext.fx_steps import Mismatch, Pending, StepList, Value, is_int, is_number, pair, strided
 
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu), "relu"),
@@ -29,6 +29,7 @@ _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), "dropout"),
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
     F.avg_pool2d: "avg_pool2d",
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), "max_pool2d"),
     torch.mean: "mean",
     torch.flatten: "flatten",
     torch.reshape: "reshape",
@@ -152,8 +153,10 @@ class Functions(StepList):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        self.check("no padding", padding in (0, (0, 0)), padding)
         self.check("no divisor_override", divisor_override is None, divisor_override)
+        if padding not in (0, (0, 0)):
+            pooling = "mean with padding" if count_include_pad else "mean"
+            return self._window(pooling, input, kernel_size, stride, padding, ceil_mode)
         sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
         if len(sides) == 2 and is_int(sides[0]) and sides[0] == sides[1]:
             # The stride does not matter to an image of this size.
@@ -163,6 +166,32 @@ class Functions(StepList):
         # Both sides: a pooling by one of them is a mean over the image only where that is square.
         self.check("the size of the image", sides == getattr(input, "shape", ())[2:] and sides == kernel_size, sides)
         return self._mean(input, (2, 3), True)
+
+    def _max_pool2d(
+        self,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        self.check("dilation 1", pair(dilation) == (1, 1), dilation)
+        self.check("no indices", not return_indices, return_indices)
+        return self._window("maximum", input, kernel_size, stride, padding, ceil_mode)
+
+    def _window(self, pooling: str, input: Any, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> Value:
+        """Pooling over windows; without a stride it is the kernel size."""
+        shape = getattr(input, "shape", ())
+        self.check("4 dimensions", len(shape) == 4, len(shape))
+        kernel, width = pair(kernel_size)
+        step, other = pair(kernel_size if stride is None or stride == () else stride)
+        self.check("a square window of odd size", kernel == width and kernel % 2 == 1, f"{kernel}x{width}")
+        self.check("one stride", step == other and step >= 1, f"{step}x{other}")
+        self.check(f"padding {kernel // 2}", pair(padding) == (kernel // 2, kernel // 2), padding)
+        self.check("ceil_mode False", not ceil_mode, ceil_mode)
+        return self.step("window", strided(shape, step), input, pooling=pooling, kernel=kernel, stride=step)
 
     def _mean(self, input: Any, dim: Any = None, keepdim: bool = False) -> Any:
         shape = getattr(input, "shape", ())

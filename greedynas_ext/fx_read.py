@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from greedynas_ext.fx_functions import Functions
-from greedynas_ext.fx_steps import Mismatch, Steps, Value, is_number, pair
+from greedynas_ext.fx_steps import Mismatch, Steps, Value, is_number, pair, strided
 from greedynas_ext.fx_trace import Trace
 from greedynas_ext.packing import BatchNormWeights
 
@@ -95,8 +95,7 @@ class Reader(Functions):
         self.check(f"{per_group * groups} channels", channels in (None, per_group * groups), channels)
         depthwise = groups == out and per_group == 1
         self.check("groups 1 or as many as channels", groups == 1 or depthwise, groups)
-        image = value.shape[2:] if stride[0] == 1 else tuple(f"{side}/{stride[0]}" for side in value.shape[2:])
-        return self.step("conv", ("N", out, *image), value, module=conv)
+        return self.step("conv", strided(("N", out, *value.shape[2:]), stride[0]), value, module=conv)
 
 
 def _looked_up(value: Any, known: dict[fx.Node, Any]) -> Any:

@@ -27,7 +27,8 @@ class Step:
     """One step; step i computes value i + 1, and value 0 is the module's input.
 
     Attributes:
-        kind: "conv", "bn", "act", "pool" (mean over the image), "linear", "add", "mul" or "channels" (some of a map's).
+        kind: "conv", "bn", "act", "pool" (mean over the image), "window" (pooling by such), "linear", "add", "mul"
+            or "channels" (some of a map's).
         name: the module or function behind it, for reasons.
         inputs: the values it reads.
         module: of conv and linear.
@@ -35,6 +36,9 @@ class Step:
         activation: of act: of ACTIVATIONS or GATES.
         side: of pool: the height and width that the image has to have for it to be a mean over the image; 0: any.
         channels: of channels: which.
+        pooling: of window: of POOLINGS.
+        kernel: of window: its height and width, odd.
+        stride: of window.
     """
 
     kind: str
@@ -45,6 +49,9 @@ class Step:
     activation: str = ""
     side: int = 0
     channels: range = range(0)
+    pooling: str = ""
+    kernel: int = 0
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,11 @@ def pair(value: Any) -> tuple[Any, Any]:
     if len(values) not in (1, 2) or not all(map(is_int, values)):
         raise Mismatch(f"expected one or two integers, got {value!r}")
     return values[0], values[-1]
+
+
+def strided(shape: Shape, stride: int) -> Shape:
+    """Of a map after a convolution or pooling that keeps the channels and, but for the stride, the size."""
+    return shape if stride == 1 else (*shape[:2], *(f"{side}/{stride}" for side in shape[2:]))
 
 
 def is_int(value: Any) -> bool:

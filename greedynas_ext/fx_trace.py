@@ -30,7 +30,7 @@ WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 
 _SEEN_THROUGH = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid),
-    *(nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity),
+    *(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 _CPU = torch.device("cpu")

@@ -77,6 +77,7 @@ class Interceptor(TorchFunctionMode):
         macs: multiply-accumulates of convolutions, linear layers, matrix products and attention since it was last
             set to 0, summed over the images of the batch.
         macs_fused: those of them that fused kernels ran, which add them themselves.
+        by_kernels: set to True by fused kernels, which may run without multiplying.
         needs_batch: set to True by a batch normalisation that stored statistics do not serve.
         place: what is being run, for error messages.
     """
@@ -87,6 +88,7 @@ class Interceptor(TorchFunctionMode):
         self.normalisation: Normalisation = "batch"
         self.statistics: Statistics = []
         self.macs = self.macs_fused = 0
+        self.by_kernels = False
         self.needs_batch = False
         self.place = "the supernet"
         self._outer: Interceptor | None = None

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from greedynas_ext.fused_chain import operation_shape
+from greedynas_ext.fx_cursor import matched
 from greedynas_ext.fx_steps import Mismatch
 from greedynas_ext.fx_trace import Untraceable, trace
 from greedynas_ext.fx_units import Branch, likely_channels, read_branches
+from greedynas_ext.operations import operation_shape
 from greedynas_ext.packing import ConvBNWeights, InvertedBottleneckWeights
 from greedynas_ext.recognise import (
     HeadWeights,
     StemWeights,
     Unrecognised,
-    matched,
-    operations_in_a_row,
     recognise,
     recognise_operation,
 )
+from greedynas_ext.recognise_row import activated_operations
 from greedynas_ext.unit import BranchWeights, UnitWeights
 
 _NO_CONVOLUTION = Unrecognised("output: expected a convolution on the way to it")
@@ -73,8 +73,8 @@ def _unit(found: Sequence[Branch], in_channels: int) -> UnitWeights:
 
 
 def _branch(branch: Branch) -> BranchWeights:
-    operations = () if branch.steps is None else matched(branch.steps, operations_in_a_row)
+    activation, operations = ("linear", ()) if branch.steps is None else matched(branch.steps, activated_operations)
     into, out = len(branch.reads), len(branch.writes)
     if operations and (operation_shape(operations[0])[0], operation_shape(operations[-1])[1]) != (into, out):
         raise Mismatch(f"output: expected a branch from {into} channels to {out}")
-    return BranchWeights(branch.reads, branch.writes, operations)
+    return BranchWeights(branch.reads, branch.writes, operations, activation)

@@ -11,16 +11,25 @@ from torch import Tensor
 
 from greedynas_ext.block_layout import ACTIVATIONS, GATES, KINDS
 from greedynas_ext.derived import Origin, origin_of
-from greedynas_ext.fused_chain import FusedChain, operation_norms, operation_shape
+from greedynas_ext.fused_chain import FusedChain
+from greedynas_ext.operations import (
+    POOLINGS,
+    Described,
+    PoolWeights,
+    SeparableWeights,
+    operation_norms,
+    operation_shape,
+)
 from greedynas_ext.packing import (
     BatchNormWeights,
     ConvBNWeights,
     IdentityWeights,
     InvertedBottleneckWeights,
-    OperationWeights,
 )
 
-_SHAPE_COLUMNS = 12  # of a row, before the addresses
+_SHAPE_COLUMNS = 14  # of a row, before the addresses
+_POOL = 3  # csrc/operation_source.h: beside KINDS
+_NO_DEPTHWISE_NORM, _NO_NORM = 2, 4  # bits of its `unnormalised`
 
 
 class Rows:
@@ -105,17 +114,25 @@ class Rows:
     def _convolution(self, weight: Tensor, stride: int, activation: str, bn: BatchNormWeights) -> None:
         """A dense convolution with BatchNorm."""
         out, into, kernel = weight.shape[0], weight.shape[1], weight.shape[2] if weight.dim() == 4 else 1
-        shape = [KINDS["conv_bn"], into, 0, out, kernel, stride, ACTIVATIONS[activation], 0, 0, 0, 0, 0]
+        shape = [KINDS["conv_bn"], into, 0, out, kernel, stride, ACTIVATIONS[activation]]
         self._add(shape, [None] * 6 + [weight], (None, None, bn))
 
-    def add(self, operation: OperationWeights) -> None:
+    def add(self, operation: Described) -> None:
         """A row more, of an operation."""
         into, out, stride = operation_shape(operation)
         if isinstance(operation, IdentityWeights):
-            shape = [KINDS["identity"], into, 0, out, 1, 1, 0, 0, 0, 0, 0, 0]
-            self._add(shape, [None] * 7, (None, None, None))
+            self._add([KINDS["identity"], into, 0, out, 1, 1], [None] * 7, (None, None, None))
         elif isinstance(operation, ConvBNWeights):
             self._convolution(operation.weight, stride, operation.activation, operation.bn)
+        elif isinstance(operation, PoolWeights):
+            shape = [_POOL, into, 0, out, operation.kernel, stride, ACTIVATIONS[operation.activation], 0, 0, 0, 0, 0]
+            shape += [POOLINGS[operation.pooling], _NO_NORM if operation.bn is None else 0]
+            self._add(shape, [None] * 7, operation_norms(operation))
+        elif isinstance(operation, SeparableWeights):
+            shape = [KINDS["inverted_bottleneck"], into, into, out, operation.depthwise.shape[2], stride]
+            shape += [0, 0, ACTIVATIONS[operation.activation], 0, 0, 0, 0, _NO_DEPTHWISE_NORM]
+            weights = [None, operation.depthwise, *[None] * 4, operation.project]
+            self._add(shape, weights, operation_norms(operation))
         else:
             self._bottleneck(operation)
 
@@ -135,7 +152,8 @@ class Rows:
     def _add(
         self, shape: list[int], weights: Sequence[Tensor | None], norms: Sequence[BatchNormWeights | None]
     ) -> None:
-        row = [*shape, *map(self._address, weights)]
+        """A row; columns of its shape that are left out at its end are 0."""
+        row = [*shape, *[0] * (_SHAPE_COLUMNS - len(shape)), *map(self._address, weights)]
         for norm in norms:
             row += (0,) * 4 if norm is None else self._norm(norm)
         self._rows.append(row)

@@ -173,12 +173,13 @@ class Runner:
         interceptor, traffic = self._interceptor, self._traffic
         interceptor.normalisation, interceptor.place = normalisation, place
         interceptor.macs = interceptor.macs_fused = 0
+        interceptor.by_kernels = False
         interceptor.statistics = list(self._captured[key]) if normalisation == "constants" else []
         since, before = self._profile.now(), 0 if traffic is None else traffic.written
         with named(stage if stage in _ALONE else f"{stage}: {place}", source.device):
             output = call(operation, source, place)
         written = 0 if traffic is None else traffic.written - before
-        if traffic is not None and isinstance(operation, Fused) and interceptor.macs_fused:
+        if traffic is not None and isinstance(operation, Fused) and interceptor.by_kernels:
             written = operation.written(source, traffic.of_batch)
         if output.untyped_storage().data_ptr() in self._owned:
             output = output.clone()
@@ -187,7 +188,8 @@ class Runner:
         elif normalisation == "constants" and interceptor.statistics:
             raise RuntimeError(f"{place} normalised less often than it did on the calibration images")
         self._profile.add(stage, since, interceptor.macs, output.numel() * output.element_size(), place)
-        return output, Cost.of_images(len(source), interceptor.macs, interceptor.macs_fused, written)
+        counted = (interceptor.macs, interceptor.macs_fused, written, interceptor.by_kernels)
+        return output, Cost.of_images(len(source), *counted)
 
 
 def call(operation: Operation, source: Tensor, place: str) -> Tensor:

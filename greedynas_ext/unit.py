@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from greedynas_ext.fused_chain import Size, operation_macs, operation_norms, operation_numbers, operation_shape
-from greedynas_ext.packing import BatchNormWeights, ConvBNWeights, InvertedBottleneckWeights
+from greedynas_ext.operations import (
+    Size,
+    UnitOperation,
+    operation_macs,
+    operation_norms,
+    operation_numbers,
+    operation_shape,
+)
+from greedynas_ext.packing import BatchNormWeights
 
 
 @dataclass(frozen=True)
 class BranchWeights:
-    """Operations on some channels of a unit's input; without any the channels are handed on."""
+    """An activation and operations on some channels of a unit's input; without operations these are handed on."""
 
     reads: range  # channels of the input
     writes: range  # channels of the output
-    operations: tuple[InvertedBottleneckWeights | ConvBNWeights, ...]
+    operations: tuple[UnitOperation, ...]
+    activation: str = "linear"  # of ACTIVATIONS, before the first operation
 
     @property
     def stride(self) -> int:
@@ -38,7 +46,7 @@ class UnitWeights:
     branches: tuple[BranchWeights, ...]
 
     @classmethod
-    def of(cls, *operations: InvertedBottleneckWeights | ConvBNWeights) -> UnitWeights:
+    def of(cls, *operations: UnitOperation) -> UnitWeights:
         """At least one operation, on all channels."""
         into, out = operation_shape(operations[0])[0], operation_shape(operations[-1])[1]
         return cls(into, (BranchWeights(range(into), range(out), operations),))
@@ -48,7 +56,7 @@ class UnitWeights:
         """Channels of the output."""
         return sum(len(branch.writes) for branch in self.branches)
 
-    def operations(self) -> Iterator[InvertedBottleneckWeights | ConvBNWeights]:
+    def operations(self) -> Iterator[UnitOperation]:
         """Those of all branches, in their order."""
         for branch in self.branches:
             yield from branch.operations

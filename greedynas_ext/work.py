@@ -14,16 +14,20 @@ from greedynas_ext.plan import Trie
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image: multiply-accumulates, those of them that fused kernels run, and bytes written to memory."""
+    """Of one image: multiply-accumulates, those of them that fused kernels run, and bytes written to memory.
+
+    `by_kernels`: whether fused kernels run it; pooling multiplies nothing.
+    """
 
     macs: int
     fused: int
     written: int
+    by_kernels: bool = False
 
     @classmethod
-    def of_images(cls, count: int, macs: int, fused: int, written: int) -> Cost:
+    def of_images(cls, count: int, macs: int, fused: int, written: int, by_kernels: bool) -> Cost:
         """Of one of `count` images that took that much."""
-        return cls(macs // count, fused // count, written // count)
+        return cls(macs // count, fused // count, written // count, by_kernels)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "choice_block.h"
+#include "operation_source.h"
 #include "parallel.h"
 
 namespace greedynas::cpu {
@@ -155,6 +155,17 @@ struct PatchInput {
   int64_t kernel, stride;
 };
 
+// Maxima or means over windows of kernel x kernel pixels, padded by kernel / 2, and their statistics. Unit: a
+// block of kBlockPixels of the output.
+template <typename T>
+struct Pool {
+  const T* input;
+  T* output;
+  int64_t images, height, width, channels, kernel, stride;
+  int64_t pooling;   // Pooling
+  double* partials;  // or null
+};
+
 // output = activation(raw * scale + shift) + residual, and sums for the moments of the output. Unit:
 // kGramPixels.
 template <typename T>
@@ -228,6 +239,7 @@ struct Kernels {
                   int64_t last_block);
   void (*strided)(const StridedInput<T>&, const PointwiseOutput<T>&, int64_t first_block, int64_t last_block);
   void (*patches)(const PatchInput<T>&, const PointwiseOutput<T>&, int64_t first_block, int64_t last_block);
+  void (*pool)(const Pool<T>&, int64_t first_block, int64_t last_block);
   // Adds to gram [padded][padded] (upper triangle of blocks) and sums [padded] where there is a pilot.
   void (*finish)(const FinishMap<T>&, int64_t first_unit, int64_t last_unit, double* gram, double* sums);
   // Mean and variance of a group of outputs of a pointwise convolution from those of its inputs.

@@ -100,6 +100,35 @@ class BlockRunner {
     if (!known) finish(out, &pending, op.source.activation, nullptr);
   }
 
+  void pool(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
+            const Map<T>& in, const Map<T>& out) {
+    const OperationSource& o = op.source;
+    const bool normalises = o.normalises(kProjectBn);
+    const int64_t pixels = images_ * out.shape.pixels();
+    const Pool<T> p{in.data,        out.data,
+                    images_,        in.shape.height,
+                    in.shape.width, in.shape.channels,
+                    o.kernel,       o.stride,
+                    o.pooling,      normalises && !known ? workspace_.partials : nullptr};
+    parallel_for_(ceil_div(pixels, kBlockPixels), kBlockPixels * o.kernel * o.kernel * o.out_channels,
+                  [&](int64_t begin, int64_t end) { k_.pool(p, begin, end); });
+    if (normalises) {
+      const Affine<C> after = known ? affine(op, kProjectBn, *known)
+                                    : affine(op, kProjectBn, used, block_moments(pixels, o.out_channels));
+      finish(out, &after, o.activation, nullptr);
+    } else if (o.activation != kLinear || out.finished) {
+      activate(out, o.activation);
+    } else if (out.moments.mean) {
+      finish(out, nullptr, kLinear, nullptr);
+    }
+  }
+
+  // Activates a map, maybe elsewhere; its moments where it has place for them.
+  void activate(const Map<T>& map, int64_t activation) {
+    const Affine<C> same = unchanged(map.shape.channels);
+    finish(map, &same, activation, nullptr);
+  }
+
   // Those of a pointwise convolution of a map.
   Moments<C> pointwise_moments(const Map<T>& in, const T* weight, int64_t channels) {
     const int64_t stride = row_channels<T>(channels), depth = in.shape.channels;
@@ -179,7 +208,8 @@ class BlockRunner {
       e.factor = pending->factor.data();
       factor = depthwise_factor(op, *pending);
     }
-    e.partials = workspace_.partials;
+    const bool normalises = o.normalises(kDepthwiseBn);
+    e.partials = normalises ? workspace_.partials : nullptr;
     e.streams = images_ * image_pixels * hidden * int64_t{sizeof(T)} >= kStreamedBytes<T>;
     const int64_t groups = ceil_div(hidden, k_.group_width);
     const int64_t expand_work = cut.images * in.shape.pixels() * (op.expand ? o.in_channels : 1);
@@ -191,14 +221,19 @@ class BlockRunner {
     const auto slab_pixels = [&](int64_t slab) {
       return std::min(cut.images, images_ - slab * cut.images) * image_pixels;
     };
-    const Moments<C> moments =
-        join_partials<C>(e.partials, cut.slabs, slab_pixels, hidden, memory_, parallel_for_);
-    for (std::size_t c = 0; c < factor.size(); ++c) {
-      moments.mean[c] /= factor[c];
-      moments.variance[c] /= factor[c] * factor[c];
+    Affine<C> middle;
+    if (normalises) {
+      const Moments<C> moments =
+          join_partials<C>(e.partials, cut.slabs, slab_pixels, hidden, memory_, parallel_for_);
+      for (std::size_t c = 0; c < factor.size(); ++c) {
+        moments.mean[c] /= factor[c];
+        moments.variance[c] /= factor[c] * factor[c];
+      }
+      middle = affine(op, kDepthwiseBn, used, moments);
+      for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
+    } else {
+      middle = unchanged(o.hidden_channels);
     }
-    const Affine<C> middle = affine(op, kDepthwiseBn, used, moments);
-    for (std::size_t c = 0; c < factor.size(); ++c) middle.scale[c] /= factor[c];
 
     ProjectInput<T> p = project_input(op, e, middle, cut, image_pixels);
     watch_.lap(kStatisticsPart);
@@ -213,9 +248,9 @@ class BlockRunner {
       p.gates = gates;
       watch_.lap(kSqueezeExcitePart);
     }
-    const PointwiseOutput<T> to{op.project, o.hidden_channels, o.out_channels, out.data,
-                                nullptr,    nullptr,           kLinear,        nullptr,
-                                e.partials, project_factor(op)};
+    const PointwiseOutput<T> to{
+        op.project, o.hidden_channels, o.out_channels,      out.data,          nullptr, nullptr,
+        kLinear,    nullptr,           workspace_.partials, project_factor(op)};
     for_blocks(cut, images_, image_pixels, kBlockPixels * hidden * o.out_channels, parallel_for_,
                [&](int64_t slab, int64_t first, int64_t last) { k_.project(p, to, slab, first, last); });
     watch_.lap(kProjectPart);
@@ -224,7 +259,7 @@ class BlockRunner {
       return std::clamp<int64_t>(slab_pixels(unit / blocks) - unit % blocks * kBlockPixels, 0, kBlockPixels);
     };
     const Affine<C> after = affine(op, kProjectBn, used,
-                                   join_partials<C>(e.partials, cut.slabs * blocks, block_pixels,
+                                   join_partials<C>(to.partials, cut.slabs * blocks, block_pixels,
                                                     row_channels<T>(o.out_channels), memory_, parallel_for_));
     finish(out, &after, o.project_activation, o.residual ? in.data : nullptr);
   }
@@ -237,7 +272,8 @@ class BlockRunner {
     const SlabCut cut(images_, image_pixels);
     Affine<C> before;
     if (op.expand) before = affine(op, kExpandBn, known);
-    const Affine<C> middle = affine(op, kDepthwiseBn, known);
+    const Affine<C> middle =
+        o.normalises(kDepthwiseBn) ? affine(op, kDepthwiseBn, known) : unchanged(o.hidden_channels);
     const bool halves = op.half_depthwise && op.expand;
     if (halves) {
       const std::span<const C> factor = depthwise_factor(op, before);
@@ -310,13 +346,24 @@ class BlockRunner {
                   [&](int64_t begin, int64_t end) { run(to, begin, end); });
     watch_.lap(kConvolutionPart);
     if (!to.partials) return after;
-    const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
-    return affine(op, kProjectBn, used,
-                  join_partials<C>(to.partials, blocks, count, row_channels<T>(o.out_channels), memory_,
-                                   parallel_for_));
+    return affine(op, kProjectBn, used, block_moments(pixels, o.out_channels));
   }
 
  private:
+  // Of a map, from partial sums of its blocks.
+  Moments<C> block_moments(int64_t pixels, int64_t channels) {
+    const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
+    return join_partials<C>(workspace_.partials, ceil_div(pixels, kBlockPixels), count,
+                            row_channels<T>(channels), memory_, parallel_for_);
+  }
+
+  Affine<C> unchanged(int64_t channels) {
+    const int64_t stride = row_channels<T>(channels);
+    const Affine<C> result{memory_.take<C>(stride), memory_.take<C>(stride), {}};
+    std::fill_n(result.scale.begin(), channels, C(1));
+    return result;
+  }
+
   // What the depthwise outputs of halves are multiplied by: the factors of what goes in, and those of the
   // weights.
   std::span<const C> depthwise_factor(const PackedOperation<T>& op, const Affine<C>& before) {

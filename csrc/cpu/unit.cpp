@@ -24,9 +24,15 @@ bool is_dense(const OperationSource& o) { return o.kind == kConvBn && o.kernel >
 // body(stage, channels) for each of an operation's BatchNorms.
 template <typename Body>
 void for_stages(const OperationSource& o, const Body& body) {
-  if (o.expand) body(kExpandBn, o.hidden_channels);
-  if (o.depthwise) body(kDepthwiseBn, o.hidden_channels);
-  if (o.project) body(kProjectBn, o.out_channels);
+  for (const int64_t stage : {kExpandBn, kDepthwiseBn, kProjectBn}) {
+    if (o.normalises(stage)) body(stage, stage == kProjectBn ? o.out_channels : o.hidden_channels);
+  }
+}
+
+// Tiles project from numbers of half precision, which hold what BatchNorm has put in their range.
+bool leaves_range_open(const BranchSource& branch) {
+  return std::any_of(branch.operations.begin(), branch.operations.end(),
+                     [](const OperationSource& o) { return o.depthwise && !o.normalises(kDepthwiseBn); });
 }
 
 template <typename T>
@@ -84,6 +90,11 @@ class Evaluation final : public UnitEvaluation {
     WorkspaceLayout<T> workspace;
   };
 
+  // Whether its first operation reads the unit's input as it is.
+  static bool reads_input(const BranchSource& branch) {
+    return is_dense(branch.operations[0]) && branch.activation == kLinear;
+  }
+
   static bool needs_moments(const BranchSource& branch, std::size_t reader) {
     return reader < branch.operations.size() && branch.operations[reader].expand;
   }
@@ -118,12 +129,13 @@ class Evaluation final : public UnitEvaluation {
                                     : arena.allocate(map_bytes(count, at.shapes[reader], moments)));
       };
       at.shapes.push_back({height, width, branch.reads.count});
-      allocate(0, is_dense(branch.operations[0]));
+      allocate(0, reads_input(branch));
+      if (branch.activation != kLinear) needs.consider_affine(branch.reads.count);
       for (std::size_t i = 0; i < operations; ++i) {
         const OperationSource& o = branch.operations[i];
         const Shape& in = at.shapes[i];
         needs.consider(o, in);
-        const bool widens = is_dense(o) && kNarrow && (i > 0 || !wide);
+        const bool widens = is_dense(o) && kNarrow && (i > 0 || !wide || !reads_input(branch));
         at.widened.push_back(widens ? arena.allocate(count * in.pixels() * in.channels * int64_t{sizeof(C)})
                                     : kNowhere);
         at.shapes.push_back(in.after(o));
@@ -190,15 +202,22 @@ class Evaluation final : public UnitEvaluation {
       if (!layout.maps.empty() && layout.maps[0] != kNowhere) {
         in = map_of(branch, layout, 0);
         gather(input, branch.reads, in, *parallel_for_);
-        if (in.moments.mean) runner().finish(in, nullptr, kLinear, nullptr);
+        if (branch.activation != kLinear) {
+          runner().activate(in, branch.activation);
+        } else if (in.moments.mean) {
+          runner().finish(in, nullptr, kLinear, nullptr);
+        }
       }
       for (std::size_t i = 0; i < branch.operations.size(); ++i, ++number) {
         const Map<T> out = map_of(branch, layout, i + 1);
         const auto run = [&](const OperationStatistics<C>* known, OperationStatistics<C>* used) {
           if (is_dense(branch.operations[i])) {
-            const PatchInput<T> patches = i == 0 ? patches_of(input, branch, layout)
-                                                 : patches_of(in, layout.widened[i], branch.operations[i]);
+            const PatchInput<T> patches = i == 0 && reads_input(branch)
+                                              ? patches_of(input, branch, layout)
+                                              : patches_of(in, layout.widened[i], branch.operations[i]);
             runner().patches(operations_[number], known, used, patches, out);
+          } else if (branch.operations[i].kind == kPool) {
+            runner().pool(operations_[number], known, used, in, out);
           } else {
             runner().run(operations_[number], known, used, in, out);
           }
@@ -335,7 +354,9 @@ std::unique_ptr<UnitEvaluation> make_unit_evaluation(const UnitSource& source, P
     return std::make_unique<Evaluation<double>>(source, kernels_for<double>(capability));
   if (precision == Precision::kFloat32)
     return std::make_unique<Evaluation<float>>(source, kernels_for<float>(capability));
-  if (capability == kAmx) return std::make_unique<Evaluation<TiledBFloat16>>(source, tiled_kernels());
+  const bool ranges = std::any_of(source.branches.begin(), source.branches.end(), leaves_range_open);
+  if (capability == kAmx && !ranges)
+    return std::make_unique<Evaluation<TiledBFloat16>>(source, tiled_kernels());
   if (*bf16_kernels_name() == '\0') throw std::invalid_argument("bf16: expected a processor that has it");
   return std::make_unique<Evaluation<BFloat16>>(source, bf16_kernels());
 }

@@ -333,9 +333,8 @@ class OperationPacker {
 
   void pack_batch_norms(PackedOperation<T>& p) const {
     const OperationSource& o = p.source;
-    const bool stages[kBatchNormStages] = {o.expand != nullptr, o.depthwise != nullptr, o.project != nullptr};
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
-      if (!stages[stage]) continue;
+      if (!o.normalises(stage)) continue;
       const BatchNormSource& norm = o.batch_norms[stage];
       const int64_t channels = stage == kProjectBn ? o.out_channels : o.hidden_channels;
       const int64_t stride = row_channels<T>(channels);

@@ -91,6 +91,10 @@ struct WorkspaceNeeds {
     channel_bytes = std::max(channel_bytes, values * int64_t{sizeof(Compute<T>)});
   }
 
+  void consider_affine(int64_t channels) {
+    channel_bytes = std::max(channel_bytes, 2 * row_channels<T>(channels) * int64_t{sizeof(Compute<T>)});
+  }
+
   void consider_moments(const Shape& shape) {
     const int64_t stride = row_channels<T>(shape.channels);
     segments = std::max(segments, segments_of(images * shape.pixels()) * stride * (stride + 1));

@@ -48,6 +48,29 @@ class RandomOperations {
     return o;
   }
 
+  // Its depthwise convolution has no BatchNorm.
+  OperationSource separable(int64_t in, int64_t out, int64_t kernel, int64_t stride) {
+    OperationSource o = bottleneck(in, in, out, kernel, stride, kLinear, 0, kHsigmoid);
+    o.residual = 0;
+    o.unnormalised = int64_t{1} << kDepthwiseBn;
+    return o;
+  }
+
+  OperationSource pool(int64_t channels, int64_t kernel, int64_t stride, Pooling pooling, bool normalises) {
+    OperationSource o;
+    o.kind = kPool;
+    o.in_channels = o.out_channels = channels;
+    o.kernel = kernel;
+    o.stride = stride;
+    o.pooling = pooling;
+    if (normalises) {
+      o.batch_norms[kProjectBn] = batch_norm(channels);
+    } else {
+      o.unnormalised = int64_t{1} << kProjectBn;
+    }
+    return o;
+  }
+
   OperationSource identity(int64_t channels) {
     OperationSource o;
     o.in_channels = o.out_channels = channels;

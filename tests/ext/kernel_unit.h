@@ -12,7 +12,7 @@
 namespace reference {
 
 // One that splits, branches and lets channels of the branches take turns; and one in a row that begins with
-// a dense convolution, has another inside and ends in rows of whole vectors.
+// a dense convolution, has another inside and ends in rows of whole vectors. Both pool.
 template <typename C>
 UnitSource random_unit(RandomOperations<C>& random, bool branches) {
   if (!branches) {
@@ -22,7 +22,9 @@ UnitSource random_unit(RandomOperations<C>& random, bool branches) {
         {{{0, 1, 19},
           {0, 1, 32},
           {random.conv(19, 23, 3, 2, kSilu), random.conv(23, 17, 5, 1, kRelu),
-           random.bottleneck(17, 17, 34, 7, 1, kLinear, 3, kSigmoid), random.conv(34, 32, 1, 1, kLinear)}}}};
+           random.bottleneck(17, 17, 34, 7, 1, kLinear, 3, kSigmoid), random.pool(34, 5, 1, kMean, true),
+           random.conv(34, 32, 1, 1, kLinear)},
+          kHswish}}};
   }
   OperationSource first = random.bottleneck(20, 40, 24, 5, 1, kHswish, 0, kHsigmoid);
   first.depthwise_activation = kLinear;
@@ -31,7 +33,11 @@ UnitSource random_unit(RandomOperations<C>& random, bool branches) {
           58,
           {{{1, 2, 10}, {0, 1, 10}, {}},
            {{0, 1, 33}, {10, 2, 24}, {random.conv(33, 20, 3, 1, kRelu), first}},
-           {{2, 3, 8}, {11, 2, 24}, {random.bottleneck(8, 8, 24, 3, 1, kRelu6, 0, kHsigmoid)}}}};
+           {{2, 3, 8},
+            {11, 2, 24},
+            {random.bottleneck(8, 8, 24, 3, 1, kRelu6, 0, kHsigmoid), random.separable(24, 24, 5, 1),
+             random.pool(24, 3, 1, kMaximum, false)},
+            kRelu}}};
 }
 
 struct UnitCase {

@@ -15,7 +15,7 @@ from supernets import draw_images, randomise, relative_error
 from test_adapt import FP64
 from torch import Tensor, nn
 
-from greedynas_ext import adapt, evaluate_paths
+from greedynas_ext import adapt, evaluate_paths, explain
 
 NAMES = ["spos", "split units"]
 
@@ -91,8 +91,7 @@ def test_what_runs_as_modules_is_not_counted_and_named() -> None:
     paths = covering(FOREIGN["split units"].sizes)
     view = adapt(net)
     plan = evaluate_paths(view, paths, images, targets).plan
-    assert plan.kernels.startswith("partly fused; modules: supernet, fixed 0: max_pool2d"), plan.kernels
-    assert plan.kernels.endswith("(and 2 more)"), plan.kernels
+    assert plan.kernels.startswith("partly fused; modules: supernet.head: view: expected a mean"), plan.kernels
     units = paths[(paths[:, 1] != 3).nonzero().flatten()]
     every = evaluate_paths(adapt(make("spos")), covering((4, 4, 4, 4)), images, targets).plan
     assert every.kernels.startswith("fused part by part: supernet.choices[0][0]: "), every.kernels
@@ -186,9 +185,11 @@ def test_separable_convolutions_and_poolings(bn: Any) -> None:
     assert relative_error(result.image_losses, expected) < FP64
     assert result.plan.nodes_per_layer == (6, 36)
     pixels = 11 * 11
-    normalised = pixels * (2 * 8 * 9 + 2 * 64)
+    separable = pixels * (2 * 8 * 9 + 2 * 64)
     stem = pixels * 3 * 8 * 9
-    assert result.plan.macs_fused == stem + normalised * (1 + 6)
-    assert "supernet.choices[0][1]: relu: expected a depthwise convolution, got act" in result.plan.kernels, (
-        result.plan.kernels
-    )
+    assert result.plan.macs_fused == stem + 2 * separable * (1 + 6)
+    dilated = "partly fused; modules: supernet.choices[0][2]: 1: expected dilation 1, got (2, 2)"
+    assert result.plan.kernels.startswith(dilated), result.plan.kernels
+    reasons = explain(adapt(net), paths, images, bn=bn).reasons
+    modules = {f"supernet.choices[{layer}][{op}]" for layer in (0, 1) for op in (2, 5)}
+    assert set(reasons) == {*modules, "supernet.head"}

@@ -23,11 +23,29 @@ from torch import Tensor, nn
 from greedynas_ext import _library
 from greedynas_ext.fused_operation import FusedHead, FusedUnit
 from greedynas_ext.intercept import Interceptor
-from greedynas_ext.recognise import HeadWeights, recognise_head
+from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head
 from greedynas_ext.recognise_unit import recognise_unit
 from greedynas_ext.unit import UnitWeights
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def separable(into: int, out: int, kernel: int, stride: int) -> list[nn.Module]:
+    """Half of a separable convolution of DARTS."""
+    return [nn.ReLU(), conv(into, into, kernel, stride, into), conv(into, out), nn.BatchNorm2d(out, affine=False)]
+
+
+class Halves(nn.Module):
+    """The first half as it is, `branch` of the second one."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = x.chunk(2, 1)
+        return torch.cat((one, self.branch(two)), 1)
+
 
 UNITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "shuffle first": (36, lambda: ShuffleUnit(36, 36, 17, 5, 1)),
@@ -45,6 +63,21 @@ UNITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             *(mb(20, 32, 5, 1, 2), conv(32, 16), nn.BatchNorm2d(16)),
         ),
     ),
+    "separable": (9, lambda: nn.Sequential(*separable(9, 9, 3, 2), *separable(9, 20, 3, 1))),
+    "separable, 7x7": (34, lambda: nn.Sequential(*separable(34, 32, 7, 1)[1:], nn.Hardswish())),
+    "activated": (6, lambda: nn.Sequential(nn.SiLU(), mb(6, 32, 5, 1, 3))),
+    "activated, dense": (20, lambda: nn.Sequential(nn.ReLU(), conv(20, 17, 3, 2), nn.BatchNorm2d(17))),
+    "maximum": (12, lambda: nn.MaxPool2d(3, 1, 1)),
+    "maximum of 32": (12, lambda: nn.Sequential(conv(12, 32), nn.BatchNorm2d(32), nn.MaxPool2d(5, 2, 2))),
+    "maximum, normalised": (12, lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(12, affine=False))),
+    "mean": (12, lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.BatchNorm2d(12))),
+    "mean with padding": (12, lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(7, 3, 3), nn.BatchNorm2d(12), nn.SiLU())),
+    "mean, projected": (
+        5,
+        lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.ReLU6(), conv(5, 16), nn.BatchNorm2d(16), nn.ReLU()),
+    ),
+    "mean, expanded": (7, lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), mb(7, 16, 3, 1, 2))),
+    "branches": (40, lambda: Halves(nn.Sequential(*separable(20, 24, 5, 1), nn.MaxPool2d(3, 1, 1)))),
 }
 
 
@@ -58,6 +91,8 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def fused(module: nn.Module, precision: str, policy: Any = "batch") -> tuple[FusedUnit, Interceptor]:
     unit = recognise_unit(module, None)
+    if isinstance(unit, Unrecognised):  # pooling does not say of how many channels
+        unit = recognise_unit(module, 12)
     assert isinstance(unit, UnitWeights), unit
     interceptor = Interceptor(None, frozenset())
     interceptor.normalisation = policy
@@ -96,7 +131,8 @@ def test_statistics_of_the_batch(name: str, size: tuple[int, int]) -> None:
         output = unit(x)
     assert output.dtype == x.dtype
     assert_near(output, expected(module, x))
-    assert interceptor.macs == interceptor.macs_fused > 0
+    assert interceptor.macs == interceptor.macs_fused
+    assert (interceptor.macs > 0) == any(isinstance(part, nn.Conv2d) for part in module.modules())
     single, _ = fused(module.float(), "fp32")
     assert_near(single(x.float()), expected(module.double(), x))
 
@@ -142,6 +178,23 @@ def test_statistics_that_were_captured(name: str) -> None:
         unit(x)
 
 
+@pytest.mark.parametrize("mean", [nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)])
+@pytest.mark.parametrize("kernel", [3, 5])
+@torch.no_grad()
+def test_special_values_go_where_torch_pools_them(kernel: int, mean: nn.Module) -> None:
+    x = images(12, 9, 8)
+    for place, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0)):
+        x[0, place, 2 * place, place] = value
+    x[1, :3] = -float("inf")
+    for module in (nn.MaxPool2d(kernel, 1, kernel // 2), mean):
+        for dtype, precision in ((torch.float64, "fp64"), (torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            unit, _ = fused(module, precision)
+            given = x.to(dtype)
+            wanted = module(given.double())
+            tolerance = {"fp64": 1e-12, "fp32": 1e-6, "bf16": 0.01}[precision]
+            torch.testing.assert_close(unit(given).double(), wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -181,6 +234,19 @@ def test_bfloat16(name: str, wide: bool) -> None:
         if policy == "capture":
             interceptor.normalisation = "constants"
             assert_near(unit(x), output, 0.02)
+
+
+@pytest.mark.parametrize("name", ["separable", "separable, 7x7", "mean", "mean, projected"])
+@torch.no_grad()
+def test_bfloat16_beyond_half_precision(name: str) -> None:
+    """Inputs whose depthwise sums half precision does not hold."""
+    module = made(name, torch.float32)
+    x = (images(UNITS[name][0], 14, 13) * 1e6).bfloat16()
+    for policy in ("batch", "running"):
+        unit, _ = fused(module, "bf16", policy)
+        output = unit(x)
+        assert_near(output, expected(module.double(), x.double(), training=policy == "batch"), 0.08)
+        module.float()
 
 
 @torch.no_grad()
@@ -243,20 +309,21 @@ def test_a_head(precision: str) -> None:
 
 
 def rows(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    return np.zeros((count, 31), dtype=np.int64), np.zeros((count, 3))
+    return np.zeros((count, 33), dtype=np.int64), np.zeros((count, 3))
 
 
 @pytest.mark.parametrize(
     ("branches", "text"),
     [
-        ([], r"\[branches, 7\]"),
-        ([[0, 0, 1, 4, 0, 1, 5]], "branches of one shape"),
-        ([[0, 0, 1, 4, 0, 1, 4]], "each output channel from a branch"),
-        ([[0, 0, 1, 6, 0, 1, 6], [0, 0, 1, 2, 5, 1, 2]], "each output channel from one branch"),
-        ([[0, 3, 1, 6, 0, 1, 6]], "channels of the input"),
-        ([[0, 0, 0, 6, 0, 1, 6]], "channels of the input"),
-        ([[0, 0, 1, 6, 0, 2, 6]], "channels of the input"),
-        ([[1, 0, 1, 8, 0, 1, 8]], "as many operations as there are rows"),
+        ([], r"\[branches, 8\]"),
+        ([[0, 0, 1, 4, 0, 1, 5, 0]], "branches of one shape"),
+        ([[0, 0, 1, 4, 0, 1, 4, 0]], "each output channel from a branch"),
+        ([[0, 0, 1, 6, 0, 1, 6, 0], [0, 0, 1, 2, 5, 1, 2, 0]], "each output channel from one branch"),
+        ([[0, 3, 1, 6, 0, 1, 6, 0]], "channels of the input"),
+        ([[0, 0, 0, 6, 0, 1, 6, 0]], "channels of the input"),
+        ([[0, 0, 1, 6, 0, 2, 6, 0]], "channels of the input"),
+        ([[1, 0, 1, 8, 0, 1, 8, 0]], "as many operations as there are rows"),
+        ([[0, 0, 1, 6, 0, 1, 6, 1]], "an operation after the activation"),
     ],
 )
 def test_branches_that_do_not_fit_together_are_refused(branches: list[list[int]], text: str) -> None:

@@ -16,6 +16,7 @@ from recognised import Residual, Squeeze, conv, filled, plain, reason
 from torch import Tensor, nn
 
 from greedynas import Supernet, get_space
+from greedynas_ext.operations import PoolWeights, SeparableWeights
 from greedynas_ext.packing import BatchNormWeights, ConvBNWeights, IdentityWeights, InvertedBottleneckWeights
 from greedynas_ext.recognise import (
     HeadWeights,
@@ -49,6 +50,19 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def pooled(x: Tensor, pooling: str, kernel: int, stride: int) -> Tensor:
+    """By windows that are laid out, the padding with them."""
+
+    def windows(y: Tensor, padding: float) -> Tensor:
+        y = F.pad(y, [kernel // 2] * 4, value=padding)
+        return y.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
+
+    if pooling == "maximum":
+        return windows(x, -float("inf")).amax(4)
+    counts = kernel**2 if pooling == "mean with padding" else windows(torch.ones_like(x), 0).sum(4)
+    return windows(x, 0).sum(4) / counts
+
+
 def computed(weights: Any, x: Tensor) -> Tensor:
     """What a description says about the output, with batch statistics."""
     if isinstance(weights, IdentityWeights):
@@ -69,11 +83,18 @@ def computed(weights: Any, x: Tensor) -> Tensor:
     if isinstance(weights, UnitWeights):
         parts = {}
         for branch in weights.branches:
-            y = x[:, list(branch.reads)]
+            y = ACTIVATIONS[branch.activation](x[:, list(branch.reads)])
             for operation in branch.operations:
                 y = computed(operation, y)
             parts.update(zip(branch.writes, y.unbind(1), strict=True))
         return torch.stack([parts[channel] for channel in range(weights.out_channels)], 1)
+    if isinstance(weights, PoolWeights):
+        y = pooled(x, weights.pooling, weights.kernel, weights.stride)
+        return ACTIVATIONS[weights.activation](y if weights.bn is None else normalised(y, weights.bn))
+    if isinstance(weights, SeparableWeights):
+        channels, _, kernel, _ = weights.depthwise.shape
+        y = F.conv2d(x, weights.depthwise, stride=weights.stride, padding=kernel // 2, groups=channels)
+        return ACTIVATIONS[weights.activation](normalised(F.conv2d(y, weights.project), weights.bn))
     assert isinstance(weights, InvertedBottleneckWeights), weights
     (act, middle, last), y = (ACTIVATIONS[name] for name in weights.activations), x
     if weights.expand is not None:

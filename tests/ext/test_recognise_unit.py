@@ -16,6 +16,7 @@ from recognised import asserting, conv, filled, only_even, only_many, plain, rea
 from test_recognise import check
 from torch import Tensor, nn
 
+from greedynas_ext.operations import PoolWeights, SeparableWeights
 from greedynas_ext.packing import ConvBNWeights, InvertedBottleneckWeights
 from greedynas_ext.recognise_unit import recognise_unit
 from greedynas_ext.unit import UnitWeights
@@ -113,6 +114,72 @@ def test_operations_in_a_row() -> None:
     assert unit.macs((9, 8)) == expected
 
 
+def separable(channels: int, kernel: int = 3, stride: int = 1, out: int | None = None) -> list[nn.Module]:
+    """Half of a separable convolution of DARTS."""
+    out = channels if out is None else out
+    depthwise = conv(channels, channels, kernel, stride, channels)
+    return [nn.ReLU(), depthwise, conv(channels, out), nn.BatchNorm2d(out, affine=False)]
+
+
+def test_separable_convolutions() -> None:
+    module = filled(nn.Sequential(*separable(6, 5, 2), *separable(6, 3, out=10)))
+    unit = described(module)
+    (branch,) = unit.branches
+    assert [type(each) for each in branch.operations] == [SeparableWeights] * 2
+    assert (branch.activation, branch.operations[0].activation, branch.stride) == ("relu", "relu", 2)
+    check(module, unit, 6)
+    assert unit.macs((9, 8)) == 20 * (6 * 25 + 36 + 6 * 9 + 60)
+    # One of them behind an expansion without an activation, or one that normalises between, is a bottleneck no more.
+    after = [conv(6, 12), nn.BatchNorm2d(12), *separable(12, out=4)[1:], conv(4, 8, 3), nn.BatchNorm2d(8), nn.SiLU()]
+    module = filled(nn.Sequential(*after))
+    unit = described(module)
+    assert [type(each) for each in unit.operations()] == [ConvBNWeights, SeparableWeights, ConvBNWeights]
+    check(module, unit, 6)
+
+
+POOLED: dict[str, Callable[[], list[nn.Module]]] = {
+    "maximum": lambda: [nn.MaxPool2d(3, 1, 1)],
+    "mean": lambda: [nn.AvgPool2d(5, 2, 2, count_include_pad=False), nn.BatchNorm2d(6)],
+    "mean with padding": lambda: [nn.AvgPool2d(3, stride=1, padding=1), nn.BatchNorm2d(6, affine=False), nn.ReLU6()],
+}
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+def test_pooling(pooling: str) -> None:
+    module = filled(nn.Sequential(*POOLED[pooling]()))
+    assert "convolution" in reason(recognise_unit(module, None))
+    unit = described(module, 6)
+    (operation,) = unit.operations()
+    assert isinstance(operation, PoolWeights)
+    assert operation.pooling == pooling
+    check(module, unit, 6)
+    assert unit.macs((9, 8)) == 0
+    module = filled(nn.Sequential(conv(6, 6, 3), nn.BatchNorm2d(6), *POOLED[pooling](), *plain(6, 12, 6)))
+    assert [type(each) for each in described(module).operations()] == [
+        ConvBNWeights,
+        PoolWeights,
+        InvertedBottleneckWeights,
+    ]
+    check(module, described(module), 6)
+
+
+def test_pooling_by_functions() -> None:
+    check(module := Moves(lambda m, x: F.max_pool2d(x, 3, 2, padding=1)).double(), described(module, 12), 12)
+    check(module := Moves(lambda m, x: F.avg_pool2d(x, (3, 3), 3, 1, False, False)).double(), described(module, 12), 12)
+    check(module := Moves(lambda m, x: torch.max_pool2d(x, 3, padding=1)).double(), described(module, 12), 12)
+
+
+class Around(nn.Module):
+    """A sum with what goes in."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
 class Parts(nn.Module):
     """A unit whose branch is given."""
 
@@ -132,10 +199,21 @@ REFUSALS: list[tuple[str, Callable[[], Any]]] = [
     ("dilation 1", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=6, dilation=2), nn.BatchNorm2d(6)))),
     ("padding 1", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=6, padding=0), nn.BatchNorm2d(6)))),
     ("groups 1 or as many", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=2), nn.BatchNorm2d(6)))),
-    ("batch normalisation", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=6), conv(6, 6), nn.BatchNorm2d(6)))),
+    ("no bias where", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=6, bias=True), conv(6, 6), nn.BatchNorm2d(6)))),
+    ("3x3, 5x5 or 7x7", lambda: Parts(nn.Sequential(conv(6, 6, 9, groups=6), conv(6, 6), nn.BatchNorm2d(6)))),
+    ("got add", lambda: Around(nn.Sequential(*separable(12)))),
+    ("square window of odd size", lambda: Parts(nn.MaxPool2d(2))),
+    ("square window of odd size", lambda: Parts(nn.AvgPool2d((3, 5), 1, (1, 2)))),
+    ("padding 1", lambda: Parts(nn.MaxPool2d(3, 1))),
+    ("dilation 1", lambda: Parts(nn.MaxPool2d(3, 1, 1, 2))),
+    ("ceil_mode False", lambda: Parts(nn.MaxPool2d(3, 2, 1, ceil_mode=True))),
+    ("ceil_mode False", lambda: Parts(nn.AvgPool2d(3, 2, 1, ceil_mode=True))),
+    ("divisor_override", lambda: Parts(nn.AvgPool2d(3, 1, 1, divisor_override=2))),
+    ("one stride", lambda: Parts(nn.AvgPool2d(3, (1, 2), 1))),
+    ("with_indices", lambda: Moves(lambda m, x: F.max_pool2d(m.branch(x[:, :6]), 3, 1, 1, return_indices=True)[0])),
     ("1x1 convolution that projects", lambda: Parts(nn.Sequential(conv(6, 6, 3, groups=6), nn.BatchNorm2d(6)))),
     ("got sigmoid", lambda: Parts(nn.Sequential(*plain(6, 12, 6), nn.Sigmoid()))),
-    ("max_pool2d", lambda: Parts(nn.Sequential(*plain(6, 12, 6), nn.MaxPool2d(3, 1, 1)))),
+    ("adaptive_max_pool2d", lambda: Parts(nn.Sequential(*plain(6, 12, 6), nn.AdaptiveMaxPool2d(9)))),
     ("Sizes of tensors", lambda: Moves(lambda m, x: torch.cat((m.branch(x[:, :6]), x[:, 6:].transpose(2, 3)), 1))),
     ("as they are", lambda: Moves(lambda m, x: SAME["split"](m, x.transpose(2, 3).reshape(x.shape)))),
     ("flip", lambda: Moves(lambda m, x: torch.cat((m.branch(x[:, :6]), x[:, 6:].flip(2)), 1))),

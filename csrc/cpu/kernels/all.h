@@ -21,6 +21,7 @@ struct Tiles {};  // nothing to prepare
 #include "expand_depthwise.h"
 #include "head.h"
 #include "moments.h"
+#include "pool.h"
 #include "project.h"
 #include "squeeze_excite.h"
 //

@@ -12,6 +12,7 @@ constexpr Kernels<T> make_kernels() {
   kernels.project = &project<T>;
   kernels.strided = &strided<T>;
   kernels.patches = &patches<T>;
+  kernels.pool = &pool<T>;
   kernels.finish = &finish<T>;
   kernels.pointwise_moments = &pointwise_moments<T>;
   kernels.squeeze = &squeeze<T>;
