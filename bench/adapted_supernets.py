@@ -44,6 +44,47 @@ class ShuffleOneShot(nn.Module):
         return self.classifier(self.conv_last(x).mean((2, 3)))
 
 
+class Separable(nn.Sequential):
+    """That of DARTS: twice activation, depthwise and 1x1 convolution, BN."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        parts: list[nn.Module] = []
+        for _ in range(2):
+            depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+            parts += [nn.ReLU(), depthwise, nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width, affine=False)]
+        super().__init__(*parts)
+
+
+class SeparableOneShot(nn.Module):
+    """The operations of DARTS but for the dilated ones, as 12 layers in a row at widths for images of 32x32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 36, 3, padding=1, bias=False), nn.BatchNorm2d(36))
+        self.layers, self.reductions = nn.ModuleList(), nn.ModuleList()
+        for width in (36, 72, 144):
+            if width > 36:
+                halving = nn.Conv2d(width // 2, width, 3, 2, 1, bias=False)
+                self.reductions.append(nn.Sequential(halving, nn.BatchNorm2d(width), nn.ReLU()))
+            for _ in range(4):
+                mean = nn.Sequential(
+                    nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.BatchNorm2d(width, affine=False)
+                )
+                maximum = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(width, affine=False))
+                convolutions = [Separable(width, kernel) for kernel in (3, 5)]
+                self.layers.append(nn.ModuleList([maximum, mean, nn.Identity(), *convolutions]))
+        self.classifier = nn.Linear(144, 10)
+
+    def forward(self, x: Tensor, path: Sequence[int]) -> Tensor:
+        """Logits [N, 10] of 12 positions."""
+        x = self.stem(x)
+        for number, (layer, op) in enumerate(zip(self.layers, path, strict=True)):
+            if number in (4, 8):
+                x = self.reductions[number // 4 - 1](x)
+            x = layer[op](x)
+        return self.classifier(x.mean((2, 3)))
+
+
 class Renamed(nn.Module):
     """A native supernet in a foreign-looking tree."""
 
@@ -62,6 +103,11 @@ class Renamed(nn.Module):
 def spos_shufflenet() -> AdaptedSupernet:
     torch.manual_seed(0)
     return adapt(ShuffleOneShot())
+
+
+def separable() -> AdaptedSupernet:
+    torch.manual_seed(0)
+    return adapt(SeparableOneShot())
 
 
 def ofa_mobilenet() -> AdaptedSupernet:

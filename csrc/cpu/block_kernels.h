@@ -146,6 +146,10 @@ struct StridedInput {
   int64_t images, height, width, channels, stride;
 };
 
+// Whether the inputs of a dense convolution's output are taken tap by tap, and of each tap all channels: of
+// many channels, which mostly lie side by side. Of few, as images have, channel by channel.
+constexpr bool takes_tap_by_tap(int64_t channels) { return channels >= 8; }
+
 // The images themselves, of any strides (in elements), for a dense convolution padded by kernel / 2.
 template <typename T>
 struct PatchInput {

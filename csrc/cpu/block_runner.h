@@ -71,33 +71,44 @@ class BlockRunner {
         parallel_for_(parallel_for),
         watch_(seconds) {}
 
-  // An operation that is neither an identity nor a dense convolution. Without `known` statistics those of the
-  // batch, kept in `used` unless that is null.
+  // What a map still has to undergo; affine: null, nothing.
+  struct Pending {
+    const Affine<C>* affine = nullptr;
+    int64_t activation = kLinear;
+  };
+
+  // Whether `run` takes a map on which something is pending: it is applied as the map is read, once.
+  static bool takes_pending(const OperationSource& o) { return o.depthwise && !o.expand && !o.residual; }
+
+  // An operation that is neither an identity nor a dense convolution, nor pooling. Without `known` statistics
+  // those of the batch, kept in `used` unless that is null, and then, with `left`, the output is not
+  // finished: what it still has to undergo is put there. An operation with a residual takes no `left`.
   void run(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
-           const Map<T>& in, const Map<T>& out) {
+           const Map<T>& in, const Map<T>& out, const Pending& pending = {}, Affine<C>* left = nullptr) {
     if (op.source.kind == kConvBn) {
       const StridedInput<T> strided{in.data,        images_,           in.shape.height,
                                     in.shape.width, in.shape.channels, op.source.stride};
-      const Affine<C> pending =
+      const Affine<C> after =
           convolution(op, known, used, out, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
             k_.strided(strided, to, begin, end);
           });
-      if (!known) finish(out, &pending, op.source.activation, nullptr);
+      if (!known) finish_or_leave(out, after, op.source.activation, nullptr, left);
     } else if (known) {
-      bottleneck_with_constants(op, *known, in, out);
+      bottleneck_with_constants(op, *known, in, pending, out);
     } else {
-      bottleneck_of_batch(op, used, in, nullptr, kLinear, out);
+      bottleneck_of_batch(op, used, in, pending.affine, pending.activation, out, left);
     }
   }
 
-  // A dense convolution of `images`, which need not lie as maps do.
+  // A dense convolution of `images`, which need not lie as maps do; see `run`.
   void patches(const PackedOperation<T>& op, const OperationStatistics<C>* known,
-               OperationStatistics<C>* used, const PatchInput<T>& images, const Map<T>& out) {
-    const Affine<C> pending =
+               OperationStatistics<C>* used, const PatchInput<T>& images, const Map<T>& out,
+               Affine<C>* left = nullptr) {
+    const Affine<C> after =
         convolution(op, known, used, out, [&](const PointwiseOutput<T>& to, int64_t begin, int64_t end) {
           k_.patches(images, to, begin, end);
         });
-    if (!known) finish(out, &pending, op.source.activation, nullptr);
+    if (!known) finish_or_leave(out, after, op.source.activation, nullptr, left);
   }
 
   void pool(const PackedOperation<T>& op, const OperationStatistics<C>* known, OperationStatistics<C>* used,
@@ -189,9 +200,10 @@ class BlockRunner {
   }
 
   // An inverted bottleneck with the statistics of the batch, which are kept in `used` unless that is null.
-  // `pending`: what the input still has to undergo.
+  // `pending`: what the input still has to undergo; `left`: see `run`.
   void bottleneck_of_batch(const PackedOperation<T>& op, OperationStatistics<C>* used, const Map<T>& in,
-                           const Affine<C>* pending, int64_t pending_activation, const Map<T>& out) {
+                           const Affine<C>* pending, int64_t pending_activation, const Map<T>& out,
+                           Affine<C>* left = nullptr) {
     const OperationSource& o = op.source;
     const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
     const SlabCut cut(images_, image_pixels);
@@ -261,12 +273,12 @@ class BlockRunner {
     const Affine<C> after = affine(op, kProjectBn, used,
                                    join_partials<C>(to.partials, cut.slabs * blocks, block_pixels,
                                                     row_channels<T>(o.out_channels), memory_, parallel_for_));
-    finish(out, &after, o.project_activation, o.residual ? in.data : nullptr);
+    finish_or_leave(out, after, o.project_activation, o.residual ? in.data : nullptr, left);
   }
 
   // An inverted bottleneck whose statistics are known: slab by slab, and nothing but the output is stored.
   void bottleneck_with_constants(const PackedOperation<T>& op, const OperationStatistics<C>& known,
-                                 const Map<T>& in, const Map<T>& out) {
+                                 const Map<T>& in, const Pending& pending, const Map<T>& out) {
     const OperationSource& o = op.source;
     const int64_t hidden = op.hidden_stride(), image_pixels = out.shape.pixels();
     const SlabCut cut(images_, image_pixels);
@@ -286,7 +298,8 @@ class BlockRunner {
     const int64_t parts = std::min(workspace_.parts, cut.slabs);
     parallel_for_(parts, work * ceil_div(cut.slabs, parts), [&](int64_t first_part, int64_t last_part) {
       for (int64_t part = first_part; part < last_part; ++part) {
-        ExpandDepthwise<T> e = expand_depthwise(op, in, op.expand ? &before : nullptr, o.activation, cut);
+        ExpandDepthwise<T> e = op.expand ? expand_depthwise(op, in, &before, o.activation, cut)
+                                         : expand_depthwise(op, in, pending.affine, pending.activation, cut);
         e.output = workspace_.depthwise + part * workspace_.depthwise_part;
         if (halves) {
           e.half_depthwise = op.half_depthwise;
@@ -349,19 +362,29 @@ class BlockRunner {
     return affine(op, kProjectBn, used, block_moments(pixels, o.out_channels));
   }
 
- private:
-  // Of a map, from partial sums of its blocks.
-  Moments<C> block_moments(int64_t pixels, int64_t channels) {
-    const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
-    return join_partials<C>(workspace_.partials, ceil_div(pixels, kBlockPixels), count,
-                            row_channels<T>(channels), memory_, parallel_for_);
-  }
-
+  // What leaves values as they are.
   Affine<C> unchanged(int64_t channels) {
     const int64_t stride = row_channels<T>(channels);
     const Affine<C> result{memory_.take<C>(stride), memory_.take<C>(stride), {}};
     std::fill_n(result.scale.begin(), channels, C(1));
     return result;
+  }
+
+ private:
+  void finish_or_leave(const Map<T>& out, const Affine<C>& after, int64_t activation, const T* residual,
+                       Affine<C>* left) {
+    if (left) {
+      *left = after;
+    } else {
+      finish(out, &after, activation, residual);
+    }
+  }
+
+  // Of a map, from partial sums of its blocks.
+  Moments<C> block_moments(int64_t pixels, int64_t channels) {
+    const auto count = [&](int64_t unit) { return std::min(kBlockPixels, pixels - unit * kBlockPixels); };
+    return join_partials<C>(workspace_.partials, ceil_div(pixels, kBlockPixels), count,
+                            row_channels<T>(channels), memory_, parallel_for_);
   }
 
   // What the depthwise outputs of halves are multiplied by: the factors of what goes in, and those of the

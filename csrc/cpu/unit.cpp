@@ -1,6 +1,7 @@
 #include "unit.h"
 
 #include <algorithm>
+#include <span>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -21,6 +22,11 @@ bool of_batch(Statistics statistics) {
 // They read a tensor of C of any strides, not a map.
 bool is_dense(const OperationSource& o) { return o.kind == kConvBn && o.kernel > 1; }
 
+// Of its output.
+int64_t activation_of(const OperationSource& o) {
+  return o.kind == kInvertedBottleneck ? o.project_activation : o.activation;
+}
+
 // body(stage, channels) for each of an operation's BatchNorms.
 template <typename Body>
 void for_stages(const OperationSource& o, const Body& body) {
@@ -38,6 +44,7 @@ bool leaves_range_open(const BranchSource& branch) {
 template <typename T>
 class Evaluation final : public UnitEvaluation {
   using C = Compute<T>;
+  using Runner = BlockRunner<T>;
   static constexpr bool kNarrow = !std::is_same_v<T, C>;
   static constexpr int64_t kNowhere = -1;
 
@@ -93,6 +100,19 @@ class Evaluation final : public UnitEvaluation {
   // Whether its first operation reads the unit's input as it is.
   static bool reads_input(const BranchSource& branch) {
     return is_dense(branch.operations[0]) && branch.activation == kLinear;
+  }
+
+  // Whether the activation of what a branch reads is applied by its first operation. Tiles take no numbers
+  // whose range BatchNorm has not set.
+  static bool activates_on_load(const BranchSource& branch) {
+    return !kTiled<T> && branch.activation != kLinear && Runner::takes_pending(branch.operations[0]);
+  }
+
+  // Whether BatchNorm and activation of an operation's output are left to the next operation.
+  bool leaves(const BranchSource& branch, std::size_t operation) const {
+    const OperationSource& o = branch.operations[operation];
+    return of_batch(statistics_) && operation + 1 < branch.operations.size() && !o.residual &&
+           o.kind != kPool && Runner::takes_pending(branch.operations[operation + 1]);
   }
 
   static bool needs_moments(const BranchSource& branch, std::size_t reader) {
@@ -176,7 +196,7 @@ class Evaluation final : public UnitEvaluation {
     return map;
   }
 
-  BlockRunner<T> runner() const { return {k_, batch_.count, layout_.workspace.at(memory_), *parallel_for_}; }
+  Runner runner() const { return {k_, batch_.count, layout_.workspace.at(memory_), *parallel_for_}; }
 
   // ---- the unit
 
@@ -202,27 +222,41 @@ class Evaluation final : public UnitEvaluation {
       if (!layout.maps.empty() && layout.maps[0] != kNowhere) {
         in = map_of(branch, layout, 0);
         gather(input, branch.reads, in, *parallel_for_);
-        if (branch.activation != kLinear) {
+        if (branch.activation != kLinear && !activates_on_load(branch)) {
           runner().activate(in, branch.activation);
         } else if (in.moments.mean) {
           runner().finish(in, nullptr, kLinear, nullptr);
         }
       }
       for (std::size_t i = 0; i < branch.operations.size(); ++i, ++number) {
+        const OperationSource& o = branch.operations[i];
+        const PackedOperation<T>& op = operations_[number];
         const Map<T> out = map_of(branch, layout, i + 1);
+        const bool leaving = leaves(branch, i);
         const auto run = [&](const OperationStatistics<C>* known, OperationStatistics<C>* used) {
-          if (is_dense(branch.operations[i])) {
+          Runner runs = runner();
+          Affine<C> after, before = pending_.affine();
+          Affine<C>* const left = leaving ? &after : nullptr;
+          if (is_dense(o)) {
             const PatchInput<T> patches = i == 0 && reads_input(branch)
                                               ? patches_of(input, branch, layout)
-                                              : patches_of(in, layout.widened[i], branch.operations[i]);
-            runner().patches(operations_[number], known, used, patches, out);
-          } else if (branch.operations[i].kind == kPool) {
-            runner().pool(operations_[number], known, used, in, out);
+                                              : patches_of(in, layout.widened[i], o);
+            runs.patches(op, known, used, patches, out, left);
+          } else if (o.kind == kPool) {
+            runs.pool(op, known, used, in, out);
           } else {
-            runner().run(operations_[number], known, used, in, out);
+            typename Runner::Pending pending;
+            if (i == 0 && activates_on_load(branch)) {
+              before = runs.unchanged(branch.reads.count);
+              pending = {&before, branch.activation};
+            } else if (i > 0 && leaves(branch, i - 1)) {
+              pending = {&before, activation_of(branch.operations[i - 1])};
+            }
+            runs.run(op, known, used, in, out, pending, left);
           }
+          if (leaving) pending_.keep(after);
         };
-        run_with_statistics(operations_[number], column, run);
+        run_with_statistics(op, column, run);
         in = out;
       }
       results.push_back(in);
@@ -332,6 +366,19 @@ class Evaluation final : public UnitEvaluation {
     });
   }
 
+  // What one operation leaves to the next, of the former's memory.
+  struct KeptAffine {
+    std::vector<C> scale, shift;
+    std::span<const C> factor;
+
+    void keep(const Affine<C>& affine) {
+      scale.assign(affine.scale.begin(), affine.scale.end());
+      shift.assign(affine.shift.begin(), affine.shift.end());
+      factor = affine.factor;
+    }
+    Affine<C> affine() { return {scale, shift, factor}; }
+  };
+
   UnitSource s_;
   const Kernels<T>& k_;
   std::vector<OperationSource> sources_;  // of all branches
@@ -342,6 +389,7 @@ class Evaluation final : public UnitEvaluation {
   UnitBatch batch_{};
   Statistics statistics_ = Statistics::kBatch;
   Layout layout_;
+  KeptAffine pending_;
   char* memory_ = nullptr;
   const ParallelFor* parallel_for_ = nullptr;
 };

@@ -281,7 +281,11 @@ class OperationPacker {
   void pack_project(PackedOperation<T>& p, char* to) const {
     const OperationSource& o = p.source;
     Matrix<C> weight = matrix(o, o.project, o.out_channels, o.depth());
-    std::vector<C> row_factor, column_factor;
+    std::vector<C> row_factor, column_factor, reordered;
+    if (o.kind == kConvBn && o.kernel > 1 && takes_tap_by_tap(o.in_channels)) {
+      reordered = tap_by_tap(weight.values, o);
+      weight.values = reordered.data();
+    }
     if (kTiled<T> && o.project && o.kind == kInvertedBottleneck) {
       column_factor = inverse(p.batch_norms[kDepthwiseBn].factor);
       weight.column_factor = column_factor.data();
@@ -292,6 +296,19 @@ class OperationPacker {
       p.project_factor.resize(row_channels<T>(o.out_channels));
     }
     p.project = pack_dense(weight, o.out_channels, o.depth(), to);
+  }
+
+  // [out][in][tap] -> [out][tap][in].
+  static std::vector<C> tap_by_tap(const C* weight, const OperationSource& o) {
+    const int64_t taps = o.kernel * o.kernel;
+    std::vector<C> result(o.out_channels * o.depth());
+    for (int64_t row = 0; row < o.out_channels * o.depth(); row += o.depth()) {
+      for (int64_t c = 0; c < o.in_channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap)
+          result[row + tap * o.in_channels + c] = weight[row + c * taps + tap];
+      }
+    }
+    return result;
   }
 
   void pack_depthwise_weights(PackedOperation<T>& p, char* to, [[maybe_unused]] char* halves_to) const {

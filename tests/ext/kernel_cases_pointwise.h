@@ -197,15 +197,17 @@ void patches_case(const Kernels<T>& k, const PatchCase& s, const PointwiseCase& 
   std::vector<std::vector<Bounded>> inputs;
   for (int64_t p = 0; p < pixels; ++p) {
     std::vector<Bounded>& row = inputs.emplace_back();
-    for (int64_t c = 0; c < s.channels; ++c) {
-      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
-        const int64_t y = p / width % height * s.stride + tap / s.kernel - s.kernel / 2;
-        const int64_t x = p % width * s.stride + tap % s.kernel - s.kernel / 2;
-        const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-        const int64_t at_pixel =
-            p / (height * width) * in.strides[0] + c * in.strides[1] + y * in.strides[2] + x * in.strides[3];
-        row.push_back({inside ? static_cast<Real>(value_of(rounded<T>(images.values[at_pixel]))) : 0.0L, 0});
-      }
+    const int64_t taps = s.kernel * s.kernel;
+    for (int64_t depth = 0; depth < s.channels * taps; ++depth) {
+      const bool by_taps = takes_tap_by_tap(s.channels);
+      const int64_t c = by_taps ? depth % s.channels : depth / taps;
+      const int64_t tap = by_taps ? depth / s.channels : depth % taps;
+      const int64_t y = p / width % height * s.stride + tap / s.kernel - s.kernel / 2;
+      const int64_t x = p % width * s.stride + tap % s.kernel - s.kernel / 2;
+      const bool inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
+      const int64_t at_pixel =
+          p / (height * width) * in.strides[0] + c * in.strides[1] + y * in.strides[2] + x * in.strides[3];
+      row.push_back({inside ? static_cast<Real>(value_of(rounded<T>(images.values[at_pixel]))) : 0.0L, 0});
     }
   }
   std::vector<int64_t> index;

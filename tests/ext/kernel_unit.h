@@ -16,15 +16,14 @@ namespace reference {
 template <typename C>
 UnitSource random_unit(RandomOperations<C>& random, bool branches) {
   if (!branches) {
-    return {
-        19,
-        32,
-        {{{0, 1, 19},
-          {0, 1, 32},
-          {random.conv(19, 23, 3, 2, kSilu), random.conv(23, 17, 5, 1, kRelu),
-           random.bottleneck(17, 17, 34, 7, 1, kLinear, 3, kSigmoid), random.pool(34, 5, 1, kMean, true),
-           random.conv(34, 32, 1, 1, kLinear)},
-          kHswish}}};
+    return {19,
+            32,
+            {{{0, 1, 19},
+              {0, 1, 32},
+              {random.conv(19, 23, 3, 2, kSilu), random.conv(23, 17, 5, 1, kRelu),
+               random.bottleneck(17, 17, 34, 7, 1, kLinear, 3, kSigmoid), random.pool(34, 5, 1, kMean, true),
+               random.conv(34, 32, 1, 1, kLinear)},
+              kHswish}}};
   }
   OperationSource first = random.bottleneck(20, 40, 24, 5, 1, kHswish, 0, kHsigmoid);
   first.depthwise_activation = kLinear;

@@ -201,7 +201,7 @@ void all_cases(const Kernels<T>& k, bool quick) {
         const PatchCase s{pick<int64_t>({1, 2}),
                           pick<int64_t>({1, 2, 9, 14}),
                           pick<int64_t>({1, 5, 10, 15, 16, 17, 33, 34}),
-                          pick<int64_t>({1, 2, 3}),
+                          pick<int64_t>({1, 2, 3, 7, 8, 17, 35}),
                           kernel,
                           stride,
                           nhwc};

@@ -23,7 +23,7 @@ from greedynas import get_space
 from greedynas_ext.bench import cases, inputs, measure, ours, subjects, ways
 
 BENCH = Path(__file__).parents[2] / "bench"
-MODULES = ("child", "growth", "job", "make_paths", "rank_fidelity", "stages")
+MODULES = ("adapted_native", "adapted_supernets", "child", "growth", "job", "make_paths", "rank_fidelity", "stages")
 RECORDED = sorted(inputs.PATHS.glob("*.json"))
 
 
@@ -241,6 +241,14 @@ def test_the_job_at_a_small_size(bench, run, monkeypatch, tmp_path):
     assert set(result["job"]) == {"evaluate_paths, fp32", "evaluate_paths, bf16", "eager, fp32", "eager, pure"}
     assert all(cost["peak_bytes"] > cost["growth_bytes"] >= 0 for cost in result["job"].values())
     assert all(ratio["median"] > 0 for ratio in result["cost_ratio"]["ratios"].values())
+
+
+def test_adapted_and_native_at_a_small_size(run, tmp_path):
+    file = tmp_path / "adapted.json"
+    size = ("--images", 2, "--resolution", 32, "--paths", 2, "--rounds", 2)
+    assert "adapted over native: " in run("adapted_native", *size, "--output", file)
+    result = json.loads(file.read_text())
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {"native": 2, "adapted": 2}
 
 
 def test_memory_growth_sees_an_allocation(bench):

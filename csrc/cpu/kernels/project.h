@@ -114,29 +114,45 @@ void strided(const StridedInput<T>& in, const PointwiseOutput<T>& out, int64_t f
   pointwise_blocks<T>(out, 0, in.images * out_height * out_width, first_block, last_block, 0, fill);
 }
 
+// `count` values that are `step` elements apart, side by side.
+template <typename T>
+INLINE void copy_run(const Compute<T>* from, int64_t step, T* to, int64_t count) {
+  using C = Compute<T>;
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + kVectorLanes<C> <= count; i += kVectorLanes<C>) store_values<T>(to + i, load<C>(from + i));
+  }
+  for (; i < count; ++i) to[i] = from_compute<T>(from[i * step]);
+}
+
 template <typename T>
 void patches(const PatchInput<T>& in, const PointwiseOutput<T>& out, int64_t first_block,
              int64_t last_block) {
   using C = Compute<T>;
   const int64_t out_height = ceil_div(in.height, in.stride), out_width = ceil_div(in.width, in.stride);
   const int64_t depth_stride = row_channels<T>(out.depth), padding = in.kernel / 2;
+  const bool by_taps = takes_tap_by_tap(in.channels);
   const auto fill = [&](const Panel<T>& panel, int64_t pixel, int64_t pixels) __attribute__((always_inline)) {
     std::fill_n(panel.values, depth_stride * kPanelPixels<T>, T{});
     for (int64_t p = 0; p < pixels; ++p) {
       const int64_t x = (pixel + p) % out_width, row = (pixel + p) / out_width;
       const int64_t image = row / out_height, y = row % out_height;
       const C* source = in.input + image * in.strides[0];
-      int64_t k = 0;
-      for (int64_t channel = 0; channel < in.channels; ++channel) {
-        for (int64_t i = 0; i < in.kernel; ++i) {
-          const int64_t in_y = y * in.stride - padding + i;
-          for (int64_t j = 0; j < in.kernel; ++j, ++k) {
-            const int64_t in_x = x * in.stride - padding + j;
-            if (in_y < 0 || in_y >= in.height || in_x < 0 || in_x >= in.width) continue;
+      for (int64_t i = 0; i < in.kernel; ++i) {
+        const int64_t in_y = y * in.stride - padding + i;
+        for (int64_t j = 0; j < in.kernel; ++j) {
+          const int64_t in_x = x * in.stride - padding + j;
+          if (in_y < 0 || in_y >= in.height || in_x < 0 || in_x >= in.width) continue;
+          const C* from = source + in_y * in.strides[2] + in_x * in.strides[3];
+          const int64_t tap = i * in.kernel + j;
+          for (int64_t c = 0; c < in.channels;) {
+            const int64_t k = by_taps ? tap * in.channels + c : c * in.kernel * in.kernel + tap;
             const int64_t group = k / kGroupWidth<C> * kGroupWidth<C>;
             const int64_t width = std::min<int64_t>(kGroupWidth<C>, depth_stride - group);
-            panel.group(group)[p * width + k - group] = from_compute<T>(
-                source[channel * in.strides[1] + in_y * in.strides[2] + in_x * in.strides[3]]);
+            const int64_t count = by_taps ? std::min(group + width - k, in.channels - c) : 1;
+            copy_run<T>(from + c * in.strides[1], in.strides[1], panel.group(group) + p * width + k - group,
+                        count);
+            c += count;
           }
         }
       }

@@ -1,5 +1,5 @@
-// patches by matrix tiles: see ../project.h. Sixteen neighbouring outputs of a row are gathered tap by tap,
-// and pairs of taps transposed into the rows of the panel.
+// patches of few channels by matrix tiles: see ../project.h. Sixteen neighbouring outputs of a row are
+// gathered tap by tap, and pairs of taps transposed into the rows of the panel.
 
 class FillPatches {
   using T = TiledBFloat16;
@@ -63,7 +63,8 @@ class FillPatches {
 inline void patches_tiles(const PatchInput<TiledBFloat16>& in, const PointwiseOutput<TiledBFloat16>& out,
                           int64_t first_block, int64_t last_block) {
   const FillPatches fill(in);
-  if (!fill.possible()) return patches<TiledBFloat16>(in, out, first_block, last_block);
+  if (takes_tap_by_tap(in.channels) || !fill.possible())
+    return patches<TiledBFloat16>(in, out, first_block, last_block);
   const int64_t pixels = in.images * ceil_div(in.height, in.stride) * ceil_div(in.width, in.stride);
   pointwise_blocks<TiledBFloat16>(out, 0, pixels, first_block, last_block, 0, fill);
 }
