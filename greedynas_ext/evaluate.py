@@ -50,7 +50,8 @@ def evaluate_paths(
     anything else runs as the modules that it is. Of what `adapt` returns, on a CPU, parts that are recognised run fused
     beside others that are not: the operations named, convolutions of any odd size with BN and activation, separable
     convolutions and pooling as DARTS has them, several in a row, and units that split channels, branch, concatenate and
-    shuffle, as those of ShuffleNetV2; on a GPU, in float32, the operations named. `plan.kernels` and `plan.macs_fused` say which, and why.
+    shuffle, as those of ShuffleNetV2; on a GPU, in float32, the operations named. `plan.kernels` and `plan.macs_fused`
+    say which, and why.
     To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
