@@ -229,7 +229,8 @@ ChoiceBlock check_mixed_op(const Tensor& inputs, const Tensor& input_index, cons
                            const Tensor& weights, const std::vector<int64_t>& op_table,
                            const std::vector<double>& bn_eps, const std::optional<Tensor>& statistics) {
   check(inputs.dim() == 5 && is_any_of(inputs, {ScalarType::Double, ScalarType::Float}), kMixedOp,
-        ": inputs should be float64 or float32 [B, N, H, W, C], got ", describe(inputs));
+        ": inputs should be float64 or float32, or on a GPU bfloat16 or float16, [B, N, H, W, C], got ",
+        describe(inputs));
   for (int64_t d = 1; d < 5; ++d) {
     check(inputs.size(d) > 0, kMixedOp, ": inputs should be empty in no dimension but the first, got ",
           describe(inputs));

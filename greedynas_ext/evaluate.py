@@ -50,8 +50,8 @@ def evaluate_paths(
     anything else runs as the modules that it is. Of what `adapt` returns, on a CPU, parts that are recognised run fused
     beside others that are not: the operations named, convolutions of any odd size with BN and activation, separable
     convolutions and pooling as DARTS has them, several in a row, and units that split channels, branch, concatenate and
-    shuffle, as those of ShuffleNetV2; on a GPU, in float32, the operations named. `plan.kernels` and `plan.macs_fused`
-    say which, and why.
+    shuffle, as those of ShuffleNetV2; on a GPU the operations named. `plan.kernels` and `plan.macs_fused` say which,
+    and why.
     To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,
@@ -211,10 +211,7 @@ def not_beside(chain: Chain, images: object, kind: str, device: torch.device) ->
     """Why no fused kernels run single operations beside modules; None where they do."""
     if not chain.partly_fused:
         return "fused kernels run all of a chain that is not adapted, or nothing"
-    reason = refused(images, kind, device)
-    if reason is None and device.type != "cpu" and kind != "fp32":
-        reason = f"beside modules the CUDA kernels compute in fp32, not in {kind}"
-    return reason
+    return refused(images, kind, device)
 
 
 def engine_for(

@@ -28,19 +28,19 @@ from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_s
 from greedynas_ext.rows import Rows
 from greedynas_ext.unit import UnitWeights
 
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FusedUnit:
     """Runs an operation that is a unit by fused kernels, by the interceptor's policy; else by the operation itself.
 
-    On a GPU the kernels are those of `ops.mixed_op`, in float32, for a unit that is a row of its operations.
+    On a GPU the kernels are those of `ops.mixed_op`, for a unit that is a row of its operations.
 
     It only reads its input. Weights are packed when it first runs, so it is made anew for each evaluation.
     """
 
     def __init__(self, operation: Operation, unit: UnitWeights, precision: str, interceptor: Interceptor) -> None:
-        """`precision`: "fp64", "fp32" or "bf16", of what comes and goes."""
+        """`precision`: "fp64", "fp32", "bf16" or "fp16", of what comes and goes; the last on a GPU."""
         self.operation = operation
         self._unit, self._interceptor = unit, interceptor
         self._dtype = _DTYPES[precision]
@@ -59,11 +59,11 @@ class FusedUnit:
     def __call__(self, x: Tensor) -> Tensor:
         """The operation's output for [N, C, H, W]."""
         if not self.runs(x):
-            if self._interceptor.normalisation == "probe" and not ops_cuda.available(x) and self._takes(x):
+            if self._interceptor.normalisation == "probe" and not self._by_cuda(x) and self._takes(x):
                 self._working_memory(x)
             return self.operation(x.clone(memory_format=torch.contiguous_format))
         macs = len(x) * self._unit.macs((x.shape[2], x.shape[3]))
-        output = self._by_blocks(x) if ops_cuda.available(x) else self._by_unit(x)
+        output = self._by_blocks(x) if self._by_cuda(x) else self._by_unit(x)
         self._interceptor.macs += macs
         self._interceptor.macs_fused += macs
         self._interceptor.by_kernels = True
@@ -99,7 +99,7 @@ class FusedUnit:
         if policy == "constants":
             kept = torch.split(self._kept(), [block.statistics_width for block in blocks], dim=1)
         used = []
-        x = x.permute(0, 2, 3, 1)[None]
+        x = x.to(self._dtype).permute(0, 2, 3, 1)[None]
         for operation, block, given in zip(self._row(), blocks, kept, strict=True):
             statistics = running_statistics([operation], block) if policy == "running" else given
             x, statistics = ops.mixed_op(x, node, node, block, statistics)
@@ -112,17 +112,20 @@ class FusedUnit:
     def _takes(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
             return False
-        if ops_cuda.available(x):
+        if self._by_cuda(x):
             blocks = self._packed_blocks()
             if not blocks or not all(ops_cuda.takes(block.operation(0)) for block in blocks):
                 return False
         elif not x.is_cpu:
             return False
-        if x.dtype != self._dtype and (self._dtype, x.dtype) != (torch.bfloat16, torch.float32):
+        if x.dtype != self._dtype and (x.dtype != torch.float32 or self._dtype not in (torch.bfloat16, torch.float16)):
             return False
         # Of one value batch normalisation has no statistics: the operation itself says so.
         height, width = self._unit.size_after((x.shape[2], x.shape[3]))
         return len(x) * height * width > 1
+
+    def _by_cuda(self, x: Tensor) -> bool:
+        return ops_cuda.computes(self._dtype, x.device)
 
     def _evaluation(self) -> Any:
         if self._made is None:

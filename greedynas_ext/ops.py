@@ -95,18 +95,20 @@ def mixed_op(
     thread; beside it one input and one output, channels padded to a multiple of 16. The kernels are those of
     `evaluate_paths`.
 
-    On a GPU float32 is computed by kernels: nodes of like operations share launches, whose depthwise outputs take up to
+    On a GPU float32, bfloat16 and float16 are computed by kernels, the latter two with weights and statistics of
+    float32: nodes of like operations share launches, whose depthwise outputs take up to
     256 MB, or one node's if that is more; inputs and outputs are copied where their channels are no multiple of 8.
     float64, and operations for which there are no kernels (depthwise kernels other than 3, 5 and 7, depthwise strides
     above 2, expansions of more than 4,096 channels), are computed in plain torch, where outputs repeat to rounding
     only. The host reads the indices, and so waits for the GPU unless they lie on the CPU.
 
     Args:
-        inputs: float64 or float32 [B, N, H, W, C], N, H, W and C at least 1; made contiguous if they are not.
+        inputs: float64 or float32, or on a GPU bfloat16 or float16, [B, N, H, W, C], N, H, W and C at least 1; made
+            contiguous if they are not.
         input_index: int64 [P], each in [0, B); with inputs on a GPU there or on the CPU.
         op_index: int64 [P], each in [0, O) for a block of O operations; like `input_index`.
-        block: made by `greedynas_ext.packing.pack_choice_block`, of the inputs' dtype.
-        statistics: [P, S] with S = `block.statistics_width`, of the inputs' dtype: one row per node, each in the layout
+        block: made by `greedynas_ext.packing.pack_choice_block`, of the inputs' dtype; float32 where that has 16 bits.
+        statistics: [P, S] with S = `block.statistics_width`, of the block's dtype: one row per node, each in the layout
             that its operation has (`packing.running_statistics`, or an earlier call). None: those of the batch.
 
     Returns:
@@ -159,7 +161,7 @@ def _fake_mixed_op(
     nodes = input_index.shape[0]
     stride, channels = op_table[FIELDS.index("stride")], op_table[FIELDS.index("out_channels")]
     outputs = inputs.new_empty(nodes, images, -(-height // stride), -(-width // stride), channels)
-    return outputs, inputs.new_empty(nodes, statistics_width(op_table))
+    return outputs, weights.new_empty(nodes, statistics_width(op_table))
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:

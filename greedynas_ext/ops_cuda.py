@@ -17,20 +17,23 @@ MOST_MEASURED = 4096
 """Channels of a map whose moments the kernels take in float32: where an expansion, or the head, reads it."""
 
 _ON = "CUDA"  # the dispatch key
+_HALVES = (torch.bfloat16, torch.float16)
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # of maps
 _ROW = 8  # channels of a pixel's row, and
 _ALIGNMENT = 16  # bytes, at multiples of which the kernels read and write (csrc/cuda/kernels.h)
 
 
-def available(tensor: Tensor) -> bool:
-    """Whether the kernels compute in the tensor's dtype on its device: float32, on a GPU that they run on."""
-    if tensor.dtype != torch.float32 or not tensor.is_cuda or not _library.cuda_available():
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for maps of the dtype that run on the device."""
+    if dtype not in _PRECISIONS or device.type != "cuda" or not _library.cuda_available():
         return False
-    return torch.cuda.get_device_capability(tensor.device) >= (7, 5)
+    return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 5))
 
 
-def _module(tensor: Tensor) -> Any | None:
-    """`greedynas_ext._cuda`, for contiguous tensors that its kernels compute; else None."""
-    return _library.require_cuda() if tensor.is_contiguous() and available(tensor) else None
+def _module(tensor: Tensor, *others: torch.dtype) -> Any | None:
+    """`greedynas_ext._cuda`, for contiguous tensors of float32 or `others` that its kernels compute; else None."""
+    taken = tensor.is_contiguous() and tensor.dtype in (torch.float32, *others)
+    return _library.require_cuda() if taken and computes(tensor.dtype, tensor.device) else None
 
 
 def _stream(tensor: Tensor) -> int:
@@ -96,22 +99,23 @@ def mixed_op(
     bn_eps: Sequence[float],
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.mixed_op`: in float32 by the kernels, which read and write maps of whole rows of 8 channels in place.
+    """`ops.mixed_op`: but for float64 by the kernels, which read and write maps of whole rows of 8 channels in place.
 
     Which nodes share launches is decided on the host, so it reads the indices: it waits for the GPU, unless they lie on
-    the CPU, as they may here. Other dtypes, and nodes whose operation the kernels do not have (`takes`), are computed
-    in plain torch.
+    the CPU, as they may here. float64, and nodes whose operation the kernels do not have (`takes`), are computed in
+    plain torch, those of 16 bits in float32.
     """
     block = PackedBlock(weights, tuple(op_table), tuple(bn_eps))
     sources, operations = _checked(inputs, input_index, op_index, block, statistics)
     inputs = inputs.contiguous()
-    module = _module(inputs)
+    module = _module(inputs, *_HALVES)
     if module is None:
-        return reference.mixed_op(inputs, input_index, op_index, block, statistics)
+        outputs, used = reference.mixed_op(inputs.to(block.weights.dtype), input_index, op_index, block, statistics)
+        return outputs.to(inputs.dtype), used
     _, images, height, width, _ = inputs.shape
     size = (-(-height // block.stride), -(-width // block.stride))
     outputs = inputs.new_empty(len(sources), images, *size, block.out_channels)
-    used = inputs.new_zeros(len(sources), block.statistics_width)
+    used = block.weights.new_zeros(len(sources), block.statistics_width)
     rows = [block.operation(op) for op in range(block.num_operations)]
     identities = [place for place, op in enumerate(operations) if rows[op]["kind"] == KINDS["identity"]]
     taken = [place for place, op in enumerate(operations) if takes(rows[op])]
@@ -124,7 +128,9 @@ def mixed_op(
     if others:
         input_index, op_index = (torch.tensor([v[place] for place in others]) for v in (sources, operations))
         given = None if statistics is None else statistics[others]
-        outputs[others], used[others] = reference.mixed_op(inputs, input_index, op_index, block, given)
+        wide = inputs.to(block.weights.dtype)
+        computed, used[others] = reference.mixed_op(wide, input_index, op_index, block, given)
+        outputs[others] = computed.to(outputs.dtype)
     return outputs, used
 
 
@@ -160,7 +166,13 @@ def _run(
     given = None if statistics is None else statistics.contiguous()
     with torch.cuda.device(inputs.device):
         run = module.MixedOp(
-            block.op_table, block.bn_eps, weights.data_ptr(), nodes, (images, height, width), given is not None
+            op_table=block.op_table,
+            bn_eps=block.bn_eps,
+            weights=weights.data_ptr(),
+            nodes=nodes,
+            sizes=(images, height, width),
+            known=given is not None,
+            precision=_PRECISIONS[inputs.dtype],
         )
         memory = torch.empty(run.bytes, dtype=torch.uint8, device=inputs.device)
         run.run(
@@ -197,20 +209,23 @@ def _checked(
 ) -> tuple[list[int], list[int]]:
     """The indices, where the arguments are what csrc/checks.h asks for; else ValueError with its words."""
     require = functools.partial(_require, "mixed_op")
-    dtype = str(inputs.dtype).removeprefix("torch.")
+    wide = torch.float32 if inputs.dtype in _HALVES else inputs.dtype
+    dtype = str(wide).removeprefix("torch.")
     count = input_index.numel()
-    whole = inputs.dim() == 5 and inputs.dtype in (torch.float32, torch.float64)
-    require("inputs", inputs, whole, "float64 or float32 [B, N, H, W, C]")
+    whole = inputs.dim() == 5 and inputs.dtype in (torch.float32, torch.float64, *_HALVES)
+    expected = "float64 or float32, or on a GPU bfloat16 or float16, [B, N, H, W, C]"
+    require("inputs", inputs, whole, expected)
     require("inputs", inputs, min(inputs.shape[1:]) > 0, "empty in no dimension but the first")
     index = input_index.dtype == torch.int64 and input_index.dim() == 1
     require("input_index", input_index, index, "int64 [P]")
     index = op_index.dtype == torch.int64 and op_index.shape == (count,)
     require("op_index", op_index, index, f"int64 [P={count}] as input_index is")
-    same = block.weights.dtype == inputs.dtype and block.weights.dim() == 1
-    require("weights", block.weights, same, f"{dtype} [size] as inputs are")
-    _check_table(block.op_table, block.bn_eps, inputs.shape[4], block.weights.numel(), inputs.dtype)
+    same = block.weights.dtype == wide and block.weights.dim() == 1
+    with_inputs = "as inputs are" if wide == inputs.dtype else f"beside inputs of {describe(inputs)}"
+    require("weights", block.weights, same, f"{dtype} [size] {with_inputs}")
+    _check_table(block.op_table, block.bn_eps, inputs.shape[4], block.weights.numel(), wide)
     if statistics is not None:
-        same = statistics.dtype == inputs.dtype and statistics.shape == (count, block.statistics_width)
+        same = statistics.dtype == wide and statistics.shape == (count, block.statistics_width)
         require("statistics", statistics, same, f"{dtype} [P={count}, S={block.statistics_width}]")
     for name, tensor in (("weights", block.weights), ("statistics", statistics)):
         if tensor is not None and tensor.device != inputs.device:

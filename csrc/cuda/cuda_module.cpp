@@ -34,15 +34,17 @@ Precision precision_of(const std::string& name) {
 }
 
 // Arguments have been checked (greedynas_ext/ops_cuda.py).
-MixedOp mixed_op_from(const std::vector<int64_t>& op_table, const std::vector<double>& bn_eps,
-                      intptr_t weights, const std::vector<std::array<int64_t, 3>>& nodes,
-                      const std::array<int64_t, 3>& sizes, bool known) {
+std::unique_ptr<MixedOp> mixed_op_from(const std::vector<int64_t>& op_table,
+                                       const std::vector<double>& bn_eps, intptr_t weights,
+                                       const std::vector<std::array<int64_t, 3>>& nodes,
+                                       const std::array<int64_t, 3>& sizes, bool known,
+                                       const std::string& precision) {
   MixedOpBlock block{{}, bn_eps, address<const float>(weights)};
   block.operations.resize(op_table.size() / kOperationFields);
   std::memcpy(block.operations.data(), op_table.data(), block.operations.size() * sizeof(ChoiceOperation));
   std::vector<MixedOpNode> all;
   for (const auto& [input, op, place] : nodes) all.push_back({input, op, place});
-  return MixedOp(block, all, sizes[0], sizes[1], sizes[2], known);
+  return make_mixed_op(block, all, sizes[0], sizes[1], sizes[2], known, precision_of(precision));
 }
 
 }  // namespace
@@ -109,13 +111,13 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
            "Launches what comes next; its stage, or -1 when nothing was left.");
   py::class_<MixedOp>(module, "MixedOp")
       .def(py::init(&mixed_op_from), py::arg("op_table"), py::arg("bn_eps"), py::arg("weights"),
-           py::arg("nodes"), py::arg("sizes"), py::arg("known"))
+           py::arg("nodes"), py::arg("sizes"), py::arg("known"), py::arg("precision"))
       .def_property_readonly("bytes", &MixedOp::bytes)
       .def(
           "run",
           [](MixedOp& self, intptr_t inputs, intptr_t outputs, intptr_t statistics, intptr_t used_statistics,
              int64_t statistics_width, intptr_t memory, intptr_t stream) {
-            self.run({address<const float>(inputs), address<float>(outputs), address<const float>(statistics),
+            self.run({address<const void>(inputs), address<void>(outputs), address<const float>(statistics),
                       address<float>(used_statistics), statistics_width},
                      address<void>(memory), address<CUstream_st>(stream));
           },

@@ -285,7 +285,7 @@ class TestErrors:
         [
             (
                 {"inputs": torch.zeros(2, 3, 5, 4)},
-                r"inputs should be float64 or float32 \[B, N, H, W, C\], got float32",
+                r"inputs should be float64 or float32, .*, \[B, N, H, W, C\], got float32",
             ),
             ({"inputs": torch.zeros(2, 3, 5, 5, 4).half()}, r"inputs should .*, got float16 \[2, 3, 5, 5, 4\]"),
             ({"inputs": torch.zeros(2, 3, 5, 5, 4).int()}, r"inputs should .*, got int32"),
