@@ -351,7 +351,8 @@ def test_recognised_operations_run_fused_beside_others(
     fused = [(layer, path) for layer, path in nodes if (layer, path[layer]) not in ((1, 0), (1, 2), (3, 2))]
     heads = {tuple(path) for path in paths.tolist()}
     assert len(calls) == (len(fused) + len(heads)) * (2 if bn == "recalibrated" else 1)
-    assert {arguments[0].dtype for arguments in calls} == {torch.float32 if cuda.precision == "fp32" else torch.bfloat16}
+    dtype = torch.float32 if cuda.precision == "fp32" else torch.bfloat16
+    assert {arguments[0].dtype for arguments in calls} == {dtype}
     # Roundings of 2^-9 through five operations, and the modules' own.
-    rtol, atol = (1e-4, 1e-5) if cuda.precision == "fp32" else (0.05, 0.05)
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.05, 0.05)
     torch.testing.assert_close(result.image_losses.double().cpu(), expected.image_losses, rtol=rtol, atol=atol)
