@@ -58,7 +58,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       .value("CAPTURE", Statistics::kCapture)
       .value("RUNNING", Statistics::kRunning)
       .value("CONSTANTS", Statistics::kConstants);
-  py::class_<ChainEvaluation>(module, "ChainEvaluation")
+  py::class_<ChainEvaluation>(module, "ChainEvaluation", py::module_local())
       .def(py::init([](const Rows& rows, const Doubles& eps, int64_t stem_blocks, const Steps& nodes,
                        int64_t classifier_weight, int64_t classifier_bias, int64_t classes,
                        const std::string& precision) {
@@ -109,7 +109,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
       .def("next_stage", &ChainEvaluation::next_stage, "The stage of what comes next, or -1.")
       .def("advance", &ChainEvaluation::advance,
            "Launches what comes next; its stage, or -1 when nothing was left.");
-  py::class_<MixedOp>(module, "MixedOp")
+  py::class_<MixedOp>(module, "MixedOp", py::module_local())
       .def(py::init(&mixed_op_from), py::arg("op_table"), py::arg("bn_eps"), py::arg("weights"),
            py::arg("nodes"), py::arg("sizes"), py::arg("known"), py::arg("precision"))
       .def_property_readonly("bytes", &MixedOp::bytes)

@@ -26,7 +26,7 @@ T* address(intptr_t value) {
 template <typename Struct>
 class Fields {
  public:
-  Fields(py::module_& module, const char* name) : class_(module, name) {
+  Fields(py::module_& module, const char* name) : class_(module, name, py::module_local()) {
     class_.def(py::init([cls = class_](const py::kwargs& values) {
       py::object self = py::cast(Struct{});
       for (const auto& item : values) {

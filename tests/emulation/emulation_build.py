@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -71,7 +72,9 @@ def load(folder: Path) -> ModuleType:
         FileNotFoundError: there is none.
     """
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+    # Of modules of one name pybind11 gives the one that was loaded first, from wherever the second one is.
+    package = re.sub(r"\W", "_", str(folder.resolve()))
+    spec = importlib.util.spec_from_file_location(f"{package}._cuda", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"folder: expected a build in {folder}, got none")
     module = importlib.util.module_from_spec(spec)

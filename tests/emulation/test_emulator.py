@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulation_build import COMPILER, CSRC, FOLDER
+from emulation_build import COMPILER, CSRC, FOLDER, load
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -136,6 +136,17 @@ def test_next_launch_is_as_if_nothing_had_been(programs: Programs, name: str, ki
     assert result.returncode == 0, (result.stdout + result.stderr).decode()
     assert result.stdout == b"as expected\n"
     assert result.stderr == b""
+
+
+def test_builds_in_one_process_are_apart(cuda: Any, tmp_path: Path) -> None:
+    if cuda.device.type == "cuda":
+        pytest.skip("not of an emulated build")
+    first = Path(cuda.module.__file__)
+    shutil.copy(first, tmp_path)
+    module = load(tmp_path)
+    assert module is not cuda.module
+    assert Path(module.__file__) == tmp_path / first.name
+    assert module.kernels.SelectTopK is not cuda.module.kernels.SelectTopK
 
 
 def test_python_sees_errors(cuda: Any) -> None:
