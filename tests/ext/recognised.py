@@ -48,6 +48,25 @@ def plain(cin: int = 4, hidden: int = 12, cout: int = 4, k: int = 3, stride: int
     return nn.Sequential(*parts, conv(hidden, cout), nn.BatchNorm2d(cout))
 
 
+def separable(channels: int, kernel: int = 3, stride: int = 1, out: int | None = None) -> list[nn.Module]:
+    """Half of a separable convolution of DARTS."""
+    out = channels if out is None else out
+    depthwise = conv(channels, channels, kernel, stride, channels)
+    return [nn.ReLU(), depthwise, conv(channels, out), nn.BatchNorm2d(out, affine=False)]
+
+
+class Parts(nn.Module):
+    """A unit that hands the first half of its channels on, and the second half through `branch`."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = x.chunk(2, 1)
+        return torch.cat((one, self.branch(two)), 1)
+
+
 class Residual(nn.Module):
     """A switched sum, nested Sequentials, and `how` the sum is written."""
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from foreign_by_path import ShuffleUnit, SplitUnit, mb
 from native_memory import poisoned_memory
-from recognised import conv
+from recognised import Parts, conv, separable
 from supernets import randomise
 from torch import Tensor, nn
 
@@ -28,23 +28,6 @@ from greedynas_ext.recognise_unit import recognise_unit
 from greedynas_ext.unit import UnitWeights
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-def separable(into: int, out: int, kernel: int, stride: int) -> list[nn.Module]:
-    """Half of a separable convolution of DARTS."""
-    return [nn.ReLU(), conv(into, into, kernel, stride, into), conv(into, out), nn.BatchNorm2d(out, affine=False)]
-
-
-class Halves(nn.Module):
-    """The first half as it is, `branch` of the second one."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: Tensor) -> Tensor:
-        one, two = x.chunk(2, 1)
-        return torch.cat((one, self.branch(two)), 1)
 
 
 UNITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
@@ -63,8 +46,8 @@ UNITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             *(mb(20, 32, 5, 1, 2), conv(32, 16), nn.BatchNorm2d(16)),
         ),
     ),
-    "separable": (9, lambda: nn.Sequential(*separable(9, 9, 3, 2), *separable(9, 20, 3, 1))),
-    "separable, 7x7": (34, lambda: nn.Sequential(*separable(34, 32, 7, 1)[1:], nn.Hardswish())),
+    "separable": (9, lambda: nn.Sequential(*separable(9, 3, 2), *separable(9, 3, out=20))),
+    "separable, 7x7": (34, lambda: nn.Sequential(*separable(34, 7, out=32)[1:], nn.Hardswish())),
     "activated": (6, lambda: nn.Sequential(nn.SiLU(), mb(6, 32, 5, 1, 3))),
     "activated, dense": (20, lambda: nn.Sequential(nn.ReLU(), conv(20, 17, 3, 2), nn.BatchNorm2d(17))),
     "maximum": (12, lambda: nn.MaxPool2d(3, 1, 1)),
@@ -77,7 +60,7 @@ UNITS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
         lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.ReLU6(), conv(5, 16), nn.BatchNorm2d(16), nn.ReLU()),
     ),
     "mean, expanded": (7, lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), mb(7, 16, 3, 1, 2))),
-    "branches": (40, lambda: Halves(nn.Sequential(*separable(20, 24, 5, 1), nn.MaxPool2d(3, 1, 1)))),
+    "branches": (40, lambda: Parts(nn.Sequential(*separable(20, 5, out=24), nn.MaxPool2d(3, 1, 1)))),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign_by_path import ShuffleUnit, SplitUnit, mb
-from recognised import asserting, conv, filled, only_even, only_many, plain, reason
+from recognised import Parts, asserting, conv, filled, only_even, only_many, plain, reason, separable
 from test_recognise import check
 from torch import Tensor, nn
 
@@ -114,13 +114,6 @@ def test_operations_in_a_row() -> None:
     assert unit.macs((9, 8)) == expected
 
 
-def separable(channels: int, kernel: int = 3, stride: int = 1, out: int | None = None) -> list[nn.Module]:
-    """Half of a separable convolution of DARTS."""
-    out = channels if out is None else out
-    depthwise = conv(channels, channels, kernel, stride, channels)
-    return [nn.ReLU(), depthwise, conv(channels, out), nn.BatchNorm2d(out, affine=False)]
-
-
 def test_separable_convolutions() -> None:
     module = filled(nn.Sequential(*separable(6, 5, 2), *separable(6, 3, out=10)))
     unit = described(module)
@@ -178,18 +171,6 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
-
-
-class Parts(nn.Module):
-    """A unit whose branch is given."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: Tensor) -> Tensor:
-        one, two = x.chunk(2, 1)
-        return torch.cat((one, self.branch(two)), 1)
 
 
 REFUSALS: list[tuple[str, Callable[[], Any]]] = [
