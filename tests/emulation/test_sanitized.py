@@ -92,6 +92,6 @@ def test_under_thread_sanitizer(launched: Any, tmp_path: Path) -> None:
     build(tmp_path, THREAD)
     options = {"TSAN_OPTIONS": "halt_on_error=1 history_size=4 ignore_noninstrumented_modules=1"}
     # Every instantiation; fibers are expensive for the thread sanitizer.
-    tests = covering(launched["tests"])
+    tests = [name.removeprefix("tests/emulation/") for name in covering(launched["tests"])]  # they run in this folder
     out = run_tests(tmp_path, [library("libtsan.so"), library("libstdc++.so")], options, tests)
     assert f"{len(tests)} passed" in out
