@@ -164,8 +164,10 @@ def read_ptxas(said: str, source: str, bounds: dict[tuple[str, str], tuple[int, 
 
 
 def launch_bounds(ptx: str, architectures: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Threads of a block and blocks of a multiprocessor of the kernels in PTX, by symbol and digits of the
-    architecture: all those of `architectures` for which it is compiled."""
+    """Threads of a block and blocks of a multiprocessor of the kernels in PTX.
+
+    By symbol and digits of the architecture, for all of `architectures` that are compiled from it.
+    """
     target = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
     if target is None:
         raise ValueError("ptx: expected a target, found none")
