@@ -47,6 +47,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=python:bench:bench/gpu:tests/ext:tests/emulation $(BIN)/mypy $$(git ls-files 'bench/*.py' ':!bench/kernels' ':!bench/adapted_*')
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'bench/*.cpp' 'bench/*.h' 'bench/*.cu')
 
 format: setup
@@ -64,12 +65,12 @@ bench-kernels: setup
 	$(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,min,rounds
 
 gpu-check: setup
-	$(BIN)/python bench/gpu_check.py --output gpu-check.json
+	$(BIN)/python bench/gpu/gpu_check.py --output gpu-check.json
 
 emulate-report: setup
-	$(BIN)/python bench/emulate_report.py
-	$(BIN)/python bench/gpu_model.py --output bench/results/emulated/modelled.json --markdown docs/gpu-model.md
-	$(BIN)/python bench/roofline.py
+	$(BIN)/python bench/gpu/emulate_report.py
+	$(BIN)/python bench/gpu/gpu_model.py --output bench/results/emulated/modelled.json --markdown docs/gpu-model.md
+	$(BIN)/python bench/gpu/roofline.py
 
 clean:
 	rm -rf build dist site *.egg-info greedynas_ext/*.so greedynas_ext/_build_info.json $(VENV)/.built

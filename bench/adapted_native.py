@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     space = get_space("mbv2-7")
-    native = Supernet(space, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    native = Supernet(space, seed=0).to(memory_format=torch.channels_last)
     paths = make_paths("uniform", options.paths, space)
     batch = make_images(options.images, 3, options.resolution), make_targets(options.images, space.num_classes)
     ways = {"native": native, "adapted": adapt(Renamed(native))}

@@ -213,7 +213,7 @@ def test_tracing_build(tmp_path: Path) -> None:
     build_traced(tmp_path, 3)
     out = run_tests(tmp_path, [], {}, SMALL)
     assert f"{len(SMALL)} passed" in out
-    script = FOLDER.parents[1] / "bench" / "emulate_report.py"
+    script = FOLDER.parents[1] / "bench" / "gpu" / "emulate_report.py"
     command = [sys.executable, str(script), "--quick", "--images", "1", "--build", str(tmp_path), "--output", "report"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     content = json.loads((tmp_path / "report/traffic.json").read_text())

@@ -12,13 +12,13 @@ import pytest
 from greedynas import available_spaces, get_space
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
+BENCH = ROOT / "bench/gpu"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """Imports a module of bench/ by its name."""
+    """Imports a module of bench/gpu by its name."""
     sys.path.insert(0, str(BENCH))
     yield importlib.import_module
     sys.path.remove(str(BENCH))

@@ -17,15 +17,15 @@ SASS = Path(__file__).parent / "recorded/loops.sass"
 
 @pytest.fixture(scope="module")
 def bench():
-    """Imports a module of bench/ by its name."""
+    """Imports a module of bench/gpu by its name."""
     import sys
 
     before = set(sys.modules)
-    sys.path.insert(0, str(ROOT / "bench"))
+    sys.path.insert(0, str(ROOT / "bench/gpu"))
     yield importlib.import_module
-    sys.path.remove(str(ROOT / "bench"))
+    sys.path.remove(str(ROOT / "bench/gpu"))
     for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "bench")):
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "bench/gpu")):
             del sys.modules[name]
 
 

@@ -1,4 +1,4 @@
-"""The kept report of what the CUDA kernels move (bench/emulate_report.py); tests/emulation makes a small one."""
+"""The kept report of what the CUDA kernels move (bench/gpu/emulate_report.py); tests/emulation makes a small one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MODULES = ("emulate_report", "emulated_cases", "emulated_traffic", "kernel_nodes
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Imports a module of bench/ by its name; afterwards none of them is left."""
+    """Imports a module of bench/gpu by its name; afterwards none of them is left."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/emulation"))
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.syspath_prepend(str(ROOT / "bench/gpu"))
     yield importlib.import_module
     for name in MODULES:
         sys.modules.pop(name, None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda"
 # Those that take longest come first, so that two compilers end together.
 _SLOWEST = ("conv_bn", "expand_depthwise", "finish_map", "project")
@@ -106,7 +106,7 @@ def compile_kernels(architectures: Sequence[str], folder: Path, *, jobs: int = 2
         done = subprocess.run([*command, *options], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name}: nvcc failed:\n{complaints(done.stdout + done.stderr)}")
-        bounds = {}
+        bounds: dict[tuple[str, str], tuple[int, int]] = {}
         for ptx in kept.glob("*.ptx"):
             bounds |= launch_bounds(ptx.read_text(), architectures)
         return read_ptxas(done.stderr, source.stem, bounds), read_times(times.read_text(), source.stem)
@@ -176,7 +176,7 @@ def launch_bounds(ptx: str, architectures: Sequence[str]) -> dict[tuple[str, str
         for architecture in architectures
         if SETUP.ptx_of(architecture, architectures).replace(".", "") == target[1]
     ]
-    found = {}
+    found: dict[tuple[str, str], tuple[int, int]] = {}
     for symbol, header in re.findall(r"\.entry\s+(\w+)\s*\((?:[^{]*?)\)([^{]*)\{", ptx):
         threads = re.search(r"\.maxntid\s+([\d, ]+)", header)
         least = re.search(r"\.minnctapersm\s+(\d+)", header)

@@ -1,6 +1,6 @@
 """What the CUDA kernels move, counted from executing them under emulation, against the bytes that have to move.
 
-Run: make emulate-report     (python bench/emulate_report.py [--quick] [--kernels project ...] [--output FOLDER])
+Run: make emulate-report     (python bench/gpu/emulate_report.py [--quick] [--kernels project ...] [--output FOLDER])
 
 Every kernel is executed at each node shape of `mbv2-7` by a tracing build of the emulation (tests/emulation/trace),
 and FOLDER (bench/results/emulated) gets traffic.json, which this describes, and traffic.md, its table. Nothing here has
@@ -74,7 +74,7 @@ from greedynas_ext.bench.measure import machine
 from greedynas_ext.files import write_bytes
 from greedynas_ext.strict_json import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 8
 
 _worker: tuple[Device, list[Case]] | None = None
@@ -105,7 +105,7 @@ def report(folder: Path, images: int, quick: bool = False, kernels: list[str] | 
             calls.append(call)
             print(f"{call['kernel']:<20}{call['name']:<24}{_verdict_words(call)}  ({seconds:.1f} s)", flush=True)
     return {
-        "command": " ".join(["python bench/emulate_report.py", *options]),
+        "command": " ".join(["python bench/gpu/emulate_report.py", *options]),
         "machine": machine(),
         "device": {
             "multiprocessors": 1,
@@ -148,8 +148,9 @@ _COLUMNS = (
     "of the fewest",
     "wavefronts",
     "conflict",
+    "grid",
+    "barriers",
 )
-_COLUMNS += ("grid", "barriers")
 
 
 def _over(part: int, whole: int, form: str) -> str:
@@ -197,7 +198,7 @@ def table(content: dict[str, Any]) -> str:
 Counted from executing them under emulation (`make emulate-report`); nothing here has run on a GPU, and nothing is a
 time. The device is one of the {stands_for["multiprocessors"]} multiprocessors of an H100, with its share of \
 {stands_for["images"]:,} images. `traffic.json` has every
-count; `bench/emulate_report.py` says how it is laid out.
+count; `bench/gpu/emulate_report.py` says how it is laid out.
 
 - floor: bytes of the call, each input once and each output once
 - launch: different bytes that it moves, in whole sectors, over the floor (at most {LIMITS["launch"]})

@@ -1,7 +1,7 @@
 """How long the CUDA kernels take, each by itself, for the layers of `mbv2-7`, and how far from their floor that is.
 
-Run: python bench/gpu_kernels.py [--images 1000] [--kernels expand_depthwise project ...] [--output FILE.json]
-     python bench/gpu_kernels.py --once [--kernels ...] [--layers 56x32s1 ...]     one launch each, to profile
+Run: python bench/gpu/gpu_kernels.py [--images 1000] [--kernels expand_depthwise project ...] [--output FILE.json]
+     python bench/gpu/gpu_kernels.py --once [--kernels ...] [--layers 56x32s1 ...]     one launch each, to profile
 
 The floor is the time in which the bytes that have to move, each input read once and each output written once, move at
 the bandwidth of a device-to-device copy measured in the same run. Numbers are random, each launch works on the next of
@@ -108,7 +108,7 @@ def bandwidth() -> float:
 def _seconds(launches: list[Callable[[], Any]]) -> float:
     for launch in launches:
         launch()
-    times = []
+    times: list[float] = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()

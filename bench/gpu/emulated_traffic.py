@@ -13,7 +13,7 @@ import torch
 from emulated_cases import PARTS, UNITS, Case
 from kernel_nodes import STREAMS, Node, Nodes
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "emulation"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "emulation"))
 
 from emulated_device import Configuration
 from emulation_build import load

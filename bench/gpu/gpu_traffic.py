@@ -1,4 +1,4 @@
-"""What bench/emulate_report.py counted of a node: traffic and tensor operations, by image."""
+"""What bench/gpu/emulate_report.py counted of a node: traffic and tensor operations, by image."""
 
 from __future__ import annotations
 

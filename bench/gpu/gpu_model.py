@@ -1,10 +1,10 @@
 """Modelled times of the CUDA kernels on an H100, from their machine code, and how far they are from measured ones.
 
-Run: python bench/gpu_model.py [--output FILE.json] [--markdown FILE.md] [--quick]
+Run: python bench/gpu/gpu_model.py [--output FILE.json] [--markdown FILE.md] [--quick]
 
-No GPU: nvcc compiles the kernels for 9.0, nvdisasm (bench/sass.py says where it comes from) prints what it made, the
+No GPU: nvcc compiles the kernels for 9.0, nvdisasm (sass.py says where it comes from) prints what it made, the
 launches of every node are recorded (record_launches.cu), and instructions are counted (kernel_work.py). What the model
-assumes is in `H100` and `modelled`. bench/gpu_model_page.py writes it down beside the measured times.
+assumes is in `H100` and `modelled`. gpu_model_page.py writes it down beside the measured times.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Program:
 
 def build_recorder(compiled: Compiled) -> Path:
     """Links the kernels' host code with what records launches."""
-    nvcc, folder, target = SETUP.find_nvcc(), ROOT / "bench/launches", compiled.folder / "record_launches"
+    nvcc, folder, target = SETUP.find_nvcc(), ROOT / "bench/gpu/launches", compiled.folder / "record_launches"
     headers = ["-I", str(ROOT / "csrc"), "-I", str(KERNELS), "-I", str(folder)]
     cases, runtime = (str(compiled.folder / f"{name}.recorder") for name in ("cases", "runtime"))
     objects = [str(path) for path in sorted(compiled.folder.glob("*.o"))]
@@ -293,7 +293,7 @@ def modelled(
 def compare(
     program: Program, nodes: Sequence[Measurable], images: int, measured: Any, traffic: Traffic
 ) -> list[dict[str, Any]]:
-    """Each node beside what an H100 took; `measured` is what bench/gpu_kernels.py wrote."""
+    """Each node beside what an H100 took; `measured` is what bench/gpu/gpu_kernels.py wrote."""
     launches = program.launches(entry.node for entry in nodes)
     known: dict[tuple[str, str, str], list[float]] = {}
     for entry in measured["kernels"]:
@@ -335,10 +335,12 @@ def main() -> None:
     results = ROOT / "bench/results"
     parser.add_argument("--output", type=Path, help="JSON file of everything modelled")
     parser.add_argument("--markdown", type=Path, help="the page about it")
-    parser.add_argument("--measured", type=Path, default=results / "h100/kernels.json", help="of bench/gpu_kernels.py")
-    parser.add_argument("--evaluated", type=Path, default=results / "h100/uniform.json", help="of bench/gpu.py")
+    parser.add_argument(
+        "--measured", type=Path, default=results / "h100/kernels.json", help="of bench/gpu/gpu_kernels.py"
+    )
+    parser.add_argument("--evaluated", type=Path, default=results / "h100/uniform.json", help="of bench/gpu/gpu.py")
     traffic_file = results / "emulated/traffic.json"
-    parser.add_argument("--traffic", type=Path, default=traffic_file, help="of bench/emulate_report.py")
+    parser.add_argument("--traffic", type=Path, default=traffic_file, help="of bench/gpu/emulate_report.py")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="two layers and two paths: does it run?")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The calls of kernels that bench/emulate_report.py counts, as data."""
+"""The calls of kernels that bench/gpu/emulate_report.py counts, as data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from kernel_nodes import Node, Nodes
 PARTS = 132  # multiprocessors of an H100, of which one is emulated
 UNITS = 2048  # kMaxUnits (csrc/cuda/pointwise.cuh)
 
-KERNELS = ("stem_conv", "expand_depthwise", "project", "finish_map", "strided_conv", "squeeze", "head_pool", "linear")
-KERNELS += ("path_cross_entropy", "pointwise_affine", "norm_affine")
+KERNELS = (
+    *("stem_conv", "expand_depthwise", "project", "finish_map", "strided_conv", "squeeze", "head_pool", "linear"),
+    *("path_cross_entropy", "pointwise_affine", "norm_affine"),
+)
 _ONLY_QUICK = {"32x3 to 32 k3 s2", "7x40 to 256", "40 to 100", "100 classes"}
 
 
@@ -33,6 +35,17 @@ class Case:
     quick: bool = False
 
 
+def _node(method: str, *numbers: int, images_each: int | None = 1) -> Callable[[Nodes, int], Node]:
+    """Makes the node of a method of Nodes, whose first argument is that many times the images; None: it takes none."""
+
+    def make(nodes: Nodes, images: int) -> Node:
+        first = [] if images_each is None else [images * images_each]
+        made: Node = getattr(nodes, method)(*first, *numbers)
+        return made
+
+    return make
+
+
 def _all_cases() -> Iterator[Case]:
     """Every kernel at every shape, some of them more than once."""
     for height, into, out, stride in LAYERS:
@@ -44,54 +57,52 @@ def _all_cases() -> Iterator[Case]:
                 yield Case(
                     "expand_depthwise",
                     f"{height}x{into} t{t} k{k} s{stride}",
-                    lambda n, i, h=height, c=into, m=hidden, k=k, s=stride: n.expand_depthwise(i, h, c, m, k, s),
+                    _node("expand_depthwise", height, into, hidden, k, stride),
                     quick and (t, k) == (3, 3),
                 )
             yield Case(
                 "project",
                 f"{small}x{hidden} to {out}",
-                lambda n, i, s=small, m=hidden, o=out: n.project(i, s, m, o),
+                _node("project", small, hidden, out),
                 quick and t == 3,
             )
-            yield Case(
-                "squeeze", f"{small}x{hidden}", lambda n, i, s=small, m=hidden: n.squeeze(i, s, m), quick and t == 3
-            )
+            yield Case("squeeze", f"{small}x{hidden}", _node("squeeze", small, hidden), quick and t == 3)
             for channels, units in ((hidden, UNITS), (out, UNITS)):
                 yield Case(
                     "norm_affine",
                     f"{channels} of {units} units",
-                    lambda n, i, c=channels, u=units: n.norm_affine(u, c),
+                    _node("norm_affine", units, channels, images_each=None),
                     quick and t == 3 and channels == out,
                 )
             yield Case(
                 "pointwise_affine",
                 f"{into} to {hidden}",
-                lambda n, i, c=into, m=hidden: n.pointwise_affine(c, m),
+                _node("pointwise_affine", into, hidden, images_each=None),
                 quick and t == 3,
             )
         for residual in (False, True) if stride == 1 and into == out else (False,):
             yield Case(
                 "finish_map",
                 f"{small}x{out}" + " residual" * residual,
-                lambda n, i, s=small, o=out, r=residual: n.finish_map(i, s, o, r),
+                _node("finish_map", small, out, residual),
                 quick and not residual,
             )
         if stride > 1:
             yield Case(
                 "strided_conv",
                 f"{height}x{into} to {out} s{stride}",
-                lambda n, i, h=height, c=into, o=out, s=stride: n.strided_conv(i, h, c, o, s),
+                _node("strided_conv", height, into, out, stride),
                 height == 14,
             )
-    yield Case("stem_conv", "224x3 to 32 k3 s2", lambda n, i: n.stem_conv(i, 224, 32))
-    yield Case("stem_conv", "32x3 to 32 k3 s2", lambda n, i: n.stem_conv(i, 32, 32), True)
-    yield Case("pointwise_affine", "320 to 1280", lambda n, i: n.pointwise_affine(320, 1280))
-    yield Case("head_pool", "7x320 to 1280", lambda n, i: n.head_pool(i, 7, 320, 1280))
-    yield Case("head_pool", "7x40 to 256", lambda n, i: n.head_pool(i, 7, 40, 256), True)
-    yield Case("linear", "1280 to 1000", lambda n, i: n.linear(16 * i, 1280, 1000))
-    yield Case("linear", "40 to 100", lambda n, i: n.linear(i, 40, 100), True)
-    yield Case("path_cross_entropy", "1000 classes", lambda n, i: n.path_cross_entropy(PARTS * i, 1000))
-    yield Case("path_cross_entropy", "100 classes", lambda n, i: n.path_cross_entropy(i, 100), True)
+    yield Case("stem_conv", "224x3 to 32 k3 s2", _node("stem_conv", 224, 32))
+    yield Case("stem_conv", "32x3 to 32 k3 s2", _node("stem_conv", 32, 32), True)
+    yield Case("pointwise_affine", "320 to 1280", _node("pointwise_affine", 320, 1280, images_each=None))
+    yield Case("head_pool", "7x320 to 1280", _node("head_pool", 7, 320, 1280))
+    yield Case("head_pool", "7x40 to 256", _node("head_pool", 7, 40, 256), True)
+    yield Case("linear", "1280 to 1000", _node("linear", 1280, 1000, images_each=16))
+    yield Case("linear", "40 to 100", _node("linear", 40, 100), True)
+    yield Case("path_cross_entropy", "1000 classes", _node("path_cross_entropy", 1000, images_each=PARTS))
+    yield Case("path_cross_entropy", "100 classes", _node("path_cross_entropy", 100), True)
 
 
 def cases(quick: bool, kernels: list[str] | None) -> list[Case]:

@@ -1,6 +1,6 @@
 """How long `evaluate_paths` takes on a GPU, against PyTorch's loops over paths and over prefixes there.
 
-Run: python bench/gpu.py [--space mbv2-7] [--images 1000] [--paths 10] [--resolution 224] [--source uniform]
+Run: python bench/gpu/gpu.py [--space mbv2-7] [--images 1000] [--paths 10] [--resolution 224] [--source uniform]
          [--rounds 7] [--compile] [--ways NAME ...] [--output FILE.json]
 
 Batch statistics, bf16, images on the GPU. Every way is warmed up, its losses are compared with those of the modules in

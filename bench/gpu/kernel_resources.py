@@ -1,10 +1,10 @@
 """What every CUDA kernel takes of a multiprocessor on every architecture: registers, shared memory, occupancy.
 
-Run: python bench/kernel_resources.py [--architectures 9.0 12.0+PTX ...] [--output FILE.json] [--markdown FILE.md]
+Run: python bench/gpu/kernel_resources.py [--architectures 9.0 12.0+PTX ...] [--output FILE.json] [--markdown FILE.md]
 
 No GPU: nvcc compiles all kernels, warnings and spills being errors, and ptxas says what they take. That is held against
 csrc/cuda/budgets.toml. Occupancy is computed: the blocks that registers, threads and static shared memory leave place
-for. Dynamic shared memory depends on the shapes of a launch; bench/gpu_model.py has it.
+for. Dynamic shared memory depends on the shapes of a launch; bench/gpu/gpu_model.py has it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Bytes and operations of a path for PyTorch's ways and for the CUDA kernels, and what they imply on an H100.
 
-Run: python bench/roofline.py [--markdown docs/roofline.md] [--picture docs/roofline.png] [--paths 10] [--images 1000]
+Run: python bench/gpu/roofline.py [--markdown docs/roofline.md] [--picture docs/roofline.png] [--paths 10]
+    [--images 1000]
 
 No GPU: bytes are counted tensor by tensor, as each way reads and writes them; times that are called measured are those
 of bench/results/h100/.
@@ -126,7 +127,8 @@ def ways(space: Space, paths: Sequence[Sequence[int]], images: int, results: Pat
     ten, one = (json.loads((results / file).read_text()) for file in ("uniform.json", "compiled.json"))
 
     def measured(found: dict[str, Any], way: str, paths: int) -> float:
-        return statistics.median(found["ways"][way]["seconds"]) / (paths * 1000)
+        seconds: list[float] = found["ways"][way]["seconds"]
+        return statistics.median(seconds) / (paths * 1000)
 
     def loop(passes: Passes) -> float:
         return statistics.fmean(path_bytes(space, path, space.resolution, passes) for path in paths)
@@ -147,7 +149,7 @@ def ways(space: Space, paths: Sequence[Sequence[int]], images: int, results: Pat
 
 
 def page(found: Sequence[Way], paths: int, images: int, picture: str, modelled: float | None) -> str:
-    """Markdown. `modelled`: seconds of all paths on all images, of bench/gpu_model.py."""
+    """Markdown. `modelled`: seconds of all paths on all images, of bench/gpu/gpu_model.py."""
     rows = []
     for way in found:
         flop = way.dense + way.depthwise
@@ -190,9 +192,9 @@ def page(found: Sequence[Way], paths: int, images: int, picture: str, modelled: 
 _PAGE = """\
 # What bytes and operations imply on an H100
 
-**Computed**, by `make emulate-report` (`bench/roofline.py`), but for the last column, which an H100 was measured for
-(`bench/results/h100/`). For one image and path, the average of {paths} uniform paths of `mbv2-7` at 224x224 with batch
-statistics, every map in bfloat16; operations are two to a multiply-accumulate.
+**Computed**, by `make emulate-report` (`bench/gpu/roofline.py`), but for the last column, which an H100 was
+measured for (`bench/results/h100/`). For one image and path, the average of {paths} uniform paths of `mbv2-7` at
+224x224 with batch statistics, every map in bfloat16; operations are two to a multiply-accumulate.
 
 {table}
 
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs/roofline.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/roofline.png")
     parser.add_argument(
-        "--modelled", type=Path, default=results / "emulated/modelled.json", help="of bench/gpu_model.py"
+        "--modelled", type=Path, default=results / "emulated/modelled.json", help="of bench/gpu/gpu_model.py"
     )
     parser.add_argument("--paths", type=int, default=10)
     parser.add_argument("--images", type=int, default=1000)

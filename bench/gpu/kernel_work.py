@@ -43,7 +43,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def times(kinds: Kinds, count: float) -> Kinds:
     """Of `count` executions."""
-    return Counter({kind: value * count for kind, value in kinds.items()})  # type: ignore[misc]
+    return Counter({kind: value * count for kind, value in kinds.items()})
 
 
 def added(parts: Iterable[Kinds]) -> Kinds:
@@ -55,7 +55,7 @@ def added(parts: Iterable[Kinds]) -> Kinds:
 
 
 def _less(kinds: Kinds, other: Kinds, count: float) -> Kinds:
-    return Counter({kind: max(0, value - other[kind] * count) for kind, value in kinds.items()})  # type: ignore[misc]
+    return Counter({kind: max(0, value - other[kind] * count) for kind, value in kinds.items()})
 
 
 def _only(found: list[Any], what: str, kernel: Kernel) -> Any:
@@ -68,7 +68,8 @@ def _activated(kernel: Kernel, loops: list[Loop], activation: int) -> Loop:
     """Of loops that are alike but for the activation, the one with ReLU6: the others have none or another minimum."""
     if activation != RELU6:
         raise ValueError(f"activation: expected ReLU6 ({RELU6}), whose code is recognised, got {activation}")
-    return _only([loop for loop in loops if kernel.count(loop.blocks, "HMNMX2")], "loop with ReLU6", kernel)  # type: ignore[no-any-return]
+    found: Loop = _only([loop for loop in loops if kernel.count(loop.blocks, "HMNMX2")], "loop with ReLU6", kernel)
+    return found
 
 
 def _certain_and_not(kernel: Kernel, within: Loop | None, inner: Loop) -> tuple[set[int], set[int]]:

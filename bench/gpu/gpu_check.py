@@ -1,11 +1,11 @@
 """All that a GPU can tell about this build, in one file to send back: tests, compute-sanitizer, times.
 
-Run: make gpu-check     (a quarter of an hour; python bench/gpu_check.py [--output FILE.json] [--quick] [--dry-run])
+Run: make gpu-check     (a quarter of an hour; python bench/gpu/gpu_check.py [--output FILE.json] [--quick] [--dry-run])
 
 1. The tests of the kernels (tests/emulation, less those of the emulation itself) on the GPU.
 2. The same under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, to the first failure.
-3. Each kernel by itself (bench/gpu_kernels.py), and `evaluate_paths` against PyTorch's loops, eager and compiled per
-   block (bench/gpu.py): 10 paths, 1,000 images of 224x224.
+3. Each kernel by itself (gpu_kernels.py), and `evaluate_paths` against PyTorch's loops, eager and compiled per
+   block (gpu.py): 10 paths, 1,000 images of 224x224.
 
 --quick leaves out compute-sanitizer and torch.compile. --dry-run needs no GPU: it says what would be run, and runs the
 tests under emulation.
@@ -31,7 +31,7 @@ from greedynas_ext import _library
 from greedynas_ext.bench.measure import machine
 from greedynas_ext.strict_json import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _OF_THE_EMULATION = ("test_emulator.py", "test_sanitized.py", "test_trace.py")
 _TESTS = [
@@ -71,9 +71,9 @@ def steps(folder: Path, quick: bool) -> list[Step]:
         ]
     python = sys.executable
     kernels, losses = folder / "kernels.json", folder / "losses.json"
-    result.append(Step("kernels", [python, "bench/gpu_kernels.py", "--output", str(kernels)], 600, kernels))
+    result.append(Step("kernels", [python, "bench/gpu/gpu_kernels.py", "--output", str(kernels)], 600, kernels))
     compiled = [] if quick else ["--compile"]
-    command = [python, "bench/gpu.py", *compiled, "--output", str(losses)]
+    command = [python, "bench/gpu/gpu.py", *compiled, "--output", str(losses)]
     result.append(Step("evaluate_paths", command, 3600, losses))
     return result
 

@@ -26,19 +26,19 @@ LAYERS_OF_SHAPE = {"112x16s2": 1, "56x32s1": 3, "28x40s1": 3, "14x80s1": 4, "14x
 _HEAD = """\
 # Modelled times of the CUDA kernels on an H100
 
-Computed by `make emulate-report` (`bench/gpu_model.py`) without a GPU; only what is called measured was measured
+Computed by `make emulate-report` (`bench/gpu/gpu_model.py`) without a GPU; only what is called measured was measured
 (`bench/results/h100/`: one H100, {images} images). No constant is fitted to that, but the form of
 the model was chosen with the measured times known: it is no blind prediction.
 
 ## The model
 
-nvcc compiles every kernel for compute capability 9.0, nvdisasm prints the machine code, and `bench/sass.py` finds its
-loops. The host code of the kernels, linked with a runtime that records (`bench/launches/`), says how a node would be
-launched on 132 multiprocessors with 227 KB of shared memory a block. `bench/kernel_work.py` multiplies the instructions
-of each part with how often the plan executes it: of code around loops those that no way misses, of activations ReLU6.
-A launch takes the longest of instruction issue, pipes and shared memory, then the tensor cores' time, both multiplied
-by one and the share of the warps that are missing, and by (waves, rounded up) / waves; or L2's time; or DRAM's, each
-map read and written once. Nodes run one after another."""
+nvcc compiles every kernel for compute capability 9.0, nvdisasm prints the machine code, and `bench/gpu/sass.py` finds
+its loops. The host code of the kernels, linked with a runtime that records (`bench/gpu/launches/`), says how a node
+would be launched on 132 multiprocessors with 227 KB of shared memory a block. `bench/gpu/kernel_work.py` multiplies
+the instructions of each part with how often the plan executes it: of code around loops those that no way misses, of
+activations ReLU6. A launch takes the longest of instruction issue, pipes and shared memory, then the tensor cores'
+time, both multiplied by one and the share of the warps that are missing, and by (waves, rounded up) / waves; or L2's
+time; or DRAM's, each map read and written once. Nodes run one after another."""
 _QUARTER = """\
 - A quarter less than the study's modelled figures for expansion with depthwise convolution (its 24 shapes, each as
   often as `mbv2-7` has it; us an image):"""
@@ -65,7 +65,7 @@ def study_sums(rows: Iterable[dict[str, Any]], images: int) -> dict[str, float]:
 
 
 def page(found: dict[str, Any], evaluated: dict[str, Any]) -> str:
-    """Markdown. `found`: of bench/gpu_model.py; `evaluated`: what bench/gpu.py measured of the same paths."""
+    """Markdown. `found`: of bench/gpu/gpu_model.py; `evaluated`: what bench/gpu/gpu.py measured of the same paths."""
     rows, images, device = found["kernels"], found["images"], found["device"]
     stages = {stage: sum(by.values()) for stage, by in found["stages"].items()}
     total = sum(stages.values())

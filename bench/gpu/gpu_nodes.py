@@ -51,7 +51,7 @@ class Node:
 
     @property
     def dram_bytes(self) -> int:
-        """Each input read once, each output written once; maps alone, as bench/gpu_kernels.py counts."""
+        """Each input read once, each output written once; maps alone, as bench/gpu/gpu_kernels.py counts."""
         s = self.shape
         if self.function == "expand_depthwise":
             small = output_size(s["height"], s["stride"]) * output_size(s["width"], s["stride"])
@@ -94,7 +94,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Measurable:
-    """A node as bench/gpu_kernels.py names it."""
+    """A node as bench/gpu/gpu_kernels.py names it."""
 
     layer: str
     detail: str
@@ -102,7 +102,7 @@ class Measurable:
 
 
 def layer_nodes(images: int) -> Iterator[Measurable]:
-    """Those that bench/gpu_kernels.py times, in its order."""
+    """Those that bench/gpu/gpu_kernels.py times, in its order."""
     for height, into, out, stride in LAYERS:
         small = ceil_div(height, stride)
         pixels = images * small**2
@@ -113,8 +113,8 @@ def layer_nodes(images: int) -> Iterator[Measurable]:
                 yield Measurable(
                     f"{height}x{into}s{stride}", f"t{expansion} k{kernel}", Node("expand_depthwise", numbers)
                 )
-            numbers = (pixels, small**2, hidden, out, 0, RELU6)
-            yield Measurable(f"{small}x{out}", f"t{expansion}", Node("project", numbers))
+            project = Node("project", (pixels, small**2, hidden, out, 0, RELU6))
+            yield Measurable(f"{small}x{out}", f"t{expansion}", project)
         for residual in (0, 1) if stride == 1 and into == out else (0,):
             node = Node("finish_map", (pixels, out, residual, 1, _LINEAR))
             yield Measurable(f"{small}x{out}", "residual" if residual else "", node)
@@ -143,10 +143,10 @@ def evaluation(space: Space, paths: Sequence[Sequence[int]], images: int, resolu
             if op.identity and layer.keeps_shape:
                 continue
             if op.identity:
-                numbers = (images, size, size, layer.in_channels, layer.out_channels, layer.stride, 0)
+                shortcut = (images, size, size, layer.in_channels, layer.out_channels, layer.stride, 0)
                 pixels = images * small**2
                 finish = Node("finish_map", (pixels, layer.out_channels, 0, 1, _LINEAR))
-                stage.update([Node("strided_conv", numbers), _norm(pixels, layer.out_channels), finish])
+                stage.update([Node("strided_conv", shortcut), _norm(pixels, layer.out_channels), finish])
                 continue
             hidden = op.expansion * layer.in_channels
             stage[Node("pointwise_affine", (layer.in_channels, hidden))] += 1
