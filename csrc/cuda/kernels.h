@@ -244,6 +244,62 @@ struct StemConv {
 template <typename T>
 void stem_conv(const StemConv<T>& node, Stream stream);
 
+// ---- what only units have (arrange_channels.cu, depthwise.cu, pool.cu)
+
+// `count` channels of a map, first, first + step, ..., which become columns to_first, to_first + to_step, ...
+template <typename From>
+struct ChannelSource {
+  const From* map;
+  int row;  // numbers from one pixel to the next
+  int first, step, count, to_first, to_step;
+};
+inline constexpr int kMaxSources = 16;
+
+// Rows of a map from channels of others; columns that come from nowhere become 0. `out` alone has to begin at
+// a multiple of 16 bytes, and only where its rows are of whole vectors of 8.
+template <typename From, typename To>
+struct ArrangeChannels {
+  ChannelSource<From> sources[kMaxSources];
+  int count;
+  To* out;         // written [pixels][out_row]
+  int out_row;     // of any length
+  int activation;  // of what is read
+  int64_t pixels;
+};
+template <typename From, typename To>
+void arrange_channels(const ArrangeChannels<From, To>& node, Stream stream);
+
+// Depthwise convolution, padded by kernel / 2, of activation(x * scale + shift), which is not multiplied by a
+// factor.
+template <typename T>
+struct DepthwiseConv {
+  const T* x;                  // [images][height][width][row_channels(channels)]
+  const float* affine;         // [3][row_channels(channels)], or null: the activation alone
+  const float* weight;         // [kernel * kernel][row_channels(channels)]
+  const float* stored_factor;  // [row_channels(channels)]: what the weights were multiplied by
+  T* y;                        // written [images][out height][out width][row_channels(channels)]
+  int images, height, width, channels;
+  int kernel, stride;  // kernel odd
+  int activation;
+};
+template <typename T>
+void depthwise_conv(const DepthwiseConv<T>& node, Stream stream);
+
+// activation(pooled * scale + shift), over windows padded by kernel / 2.
+template <typename T>
+struct Pool {
+  const T* x;           // [images][height][width][row_channels(channels)]
+  const float* affine;  // [3][row_channels(channels)], factor 1; or null: the activation alone
+  T* y;                 // written [images][out height][out width][row_channels(channels)]
+  float* partials;      // written, of what was stored, pointwise_units() units; or null
+  int images, height, width, channels;
+  int kernel, stride;  // kernel odd
+  int pooling;         // Pooling (operation_source.h)
+  int activation;
+};
+template <typename T>
+void pool(const Pool<T>& node, Stream stream);
+
 // ---- head and loss (head.cu, path_cross_entropy.cu, select_top_k.cu)
 
 // Mean over each image of activation(x W' * scale + shift); the map is not stored.

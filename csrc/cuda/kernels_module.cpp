@@ -189,6 +189,52 @@ void bind_of_maps(py::module_& module) {
   }
 }
 
+// Sources are given as tuples, in the order of ChannelSource's members.
+template <typename From, typename To>
+void bind_arrange_channels(py::module_& module, const char* name) {
+  using Source = std::array<int64_t, 7>;
+  module.def(
+      name,
+      [](const std::vector<Source>& sources, intptr_t out, int out_row, int activation, int64_t pixels,
+         intptr_t stream) {
+        if (sources.size() > std::size_t{kMaxSources})
+          throw std::invalid_argument("sources: expected at most " + std::to_string(kMaxSources));
+        ArrangeChannels<From, To> a{};
+        for (const auto& [map, row, first, step, count, to_first, to_step] : sources) {
+          const auto number = [](int64_t value) { return static_cast<int>(value); };
+          a.sources[a.count++] = {
+              address<const From>(map), number(row),    number(first), number(step), number(count),
+              number(to_first),         number(to_step)};
+        }
+        a.out = address<To>(out);
+        a.out_row = out_row;
+        a.activation = activation;
+        a.pixels = pixels;
+        arrange_channels(a, reinterpret_cast<Stream>(stream));
+      },
+      py::arg("sources"), py::arg("out"), py::arg("out_row"), py::arg("activation"), py::arg("pixels"),
+      py::arg("stream") = 0);
+}
+
+template <typename T>
+void bind_of_units(py::module_& module) {
+  bind_arrange_channels<T, T>(module, "arrange_channels");
+  {
+    using S = DepthwiseConv<T>;
+    Fields<S>(module, "DepthwiseConv") MEMBER(x) MEMBER(affine) MEMBER(weight) MEMBER(stored_factor) MEMBER(y)
+        MEMBER(images) MEMBER(height) MEMBER(width) MEMBER(channels) MEMBER(kernel) MEMBER(stride)
+            MEMBER(activation);
+    launch(module, "depthwise_conv", depthwise_conv<T>);
+  }
+  {
+    using S = Pool<T>;
+    Fields<S>(module, "Pool") MEMBER(x) MEMBER(affine) MEMBER(y) MEMBER(partials) MEMBER(images)
+        MEMBER(height) MEMBER(width) MEMBER(channels) MEMBER(kernel) MEMBER(stride) MEMBER(pooling)
+            MEMBER(activation);
+    launch(module, "pool", pool<T>);
+  }
+}
+
 // What several types of maps share.
 template <typename Stored>
 void bind_of_stored(py::module_& module) {
@@ -219,6 +265,7 @@ void bind_kernels(py::module_& module) {
   py::module_ floats = module.def_submodule("fp32", "For maps in single precision.");
   bind_of_stored<float>(floats);
   bind_of_maps<float>(floats);
+  bind_of_units<float>(floats);
   py::module_ halves = module.def_submodule("fp16", "For maps in half precision.");
   bind_of_stored<Half>(halves);
   py::module_ bfloat16 = module.def_submodule("bf16", "For maps in bfloat16.");
@@ -227,7 +274,11 @@ void bind_kernels(py::module_& module) {
     bfloat16.attr(name) = halves.attr(name);
   }
   bind_of_maps<Half>(halves);
+  bind_of_units<Half>(halves);
+  bind_arrange_channels<Half, float>(halves, "widen_channels");
   bind_of_maps<BFloat16>(bfloat16);
+  bind_of_units<BFloat16>(bfloat16);
+  bind_arrange_channels<BFloat16, float>(bfloat16, "widen_channels");
 }
 
 }  // namespace greedynas::cuda

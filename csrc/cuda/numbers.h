@@ -82,6 +82,18 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
           Pair<T>::pack(x[6], x[7])};
 }
 
+// Eight numbers of a map, at a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load8(float (&x)[8], const T* from) {
+  unpack<T>(x, *reinterpret_cast<const uint4*>(from));
+}
+
+// As they are once they have been stored.
+template <typename T>
+__device__ __forceinline__ void round8(float (&x)[8]) {
+  if constexpr (!std::is_same_v<T, float>) unpack<T>(x, pack<T>(x));
+}
+
 // Two neighbours, at a multiple of their size; and eight, at a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void store2(T* to, float low, float high) {
