@@ -46,6 +46,9 @@ struct OperationSource {
     return stages[stage] && !(unnormalised >> stage & 1);
   }
 
+  // A depthwise convolution that no BatchNorm follows, and the 1x1 convolution after it.
+  bool is_separable() const { return depthwise != nullptr && !normalises(kDepthwiseBn); }
+
   // Inputs of each output of `project`.
   int64_t depth() const { return kind == kConvBn ? in_channels * kernel * kernel : hidden_channels; }
 };

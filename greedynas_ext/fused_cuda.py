@@ -18,7 +18,7 @@ from greedynas_ext.fused import FusedEngine
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.isolation import held_interrupts
 from greedynas_ext.operations import operation_shape
-from greedynas_ext.ops_cuda import MOST_MEASURED
+from greedynas_ext.ops_cuda import most_inputs
 from greedynas_ext.packing import InvertedBottleneckWeights
 from greedynas_ext.profile import StageProfile
 from greedynas_ext.ranges import named, profiling
@@ -28,7 +28,7 @@ def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str 
     """Why the CUDA kernels cannot evaluate on `device` in `precision` what the CPU's can; None where they can."""
     parts: list[tuple[str, object]] = [("supernet.stem", block) for block in fused.stem.blocks]
     parts += [(fused.chain.place(layer, op), part) for (layer, op), part in fused.operations.items()]
-    most, most_of_head = _most_inputs(device, precision)
+    most, most_of_head = most_inputs(device, precision)
     if (into := fused.head.conv.shape[1]) > most_of_head:
         return f"supernet.head: {into} input channels (on this GPU the CUDA kernels take {most_of_head})"
     for place, part in parts:
@@ -39,16 +39,6 @@ def unsupported(fused: FusedChain, device: torch.device, precision: str) -> str 
             if into > most:
                 return f"{place}: {into} input channels (on this GPU the CUDA kernels take {most})"
     return None
-
-
-def _most_inputs(device: torch.device, precision: str) -> tuple[int, int]:
-    """Input channels of an expansion and of the head for which a block's shared memory is known to suffice."""
-    if precision == "fp32":  # products go through their depth in chunks; moments have this limit
-        return MOST_MEASURED, MOST_MEASURED
-    if torch.cuda.get_device_capability(device) < (8, 0):  # 64 KB
-        return 200, 800
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return (1024, 3000) if shared >= 227 * 1024 else (400, 1300)
 
 
 class CudaEngine(FusedEngine):

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedynas_ext import _library, ops, ops_cuda
+from greedynas_ext import _library, ops_cuda, unit_cuda
 from greedynas_ext.arguments import Chain, Operation
-from greedynas_ext.block_layout import ACTIVATIONS, PackedBlock
 from greedynas_ext.intercept import Interceptor
-from greedynas_ext.operations import Described
-from greedynas_ext.packing import (
-    ConvBNWeights,
-    InvertedBottleneckWeights,
-    OperationWeights,
-    pack_choice_block,
-    running_statistics,
-)
 from greedynas_ext.recognise import HeadWeights, Unrecognised, recognise_head, recognise_stem
 from greedynas_ext.recognise_unit import recognise_unit, unit_of_head, unit_of_stem
-from greedynas_ext.rows import Rows
+from greedynas_ext.rows import Rows, branch_rows
 from greedynas_ext.unit import UnitWeights
+from greedynas_ext.unit_cuda import CudaUnit
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FusedUnit:
     """Runs an operation that is a unit by fused kernels, by the interceptor's policy; else by the operation itself.
-
-    On a GPU the kernels are those of `ops.mixed_op`, for a unit that is a row of its operations.
 
     It only reads its input. Weights are packed when it first runs, so it is made anew for each evaluation.
     """
@@ -49,7 +38,7 @@ class FusedUnit:
         self._has_running = all(norm.running_mean is not None and norm.running_var is not None for norm in unit.norms())
         self._made: Any = None
         self._rows: Rows | None = None
-        self._blocks: list[PackedBlock] | None = None
+        self._made_cuda: CudaUnit | None = None
 
     def runs(self, x: Tensor) -> bool:
         """Whether the kernels run for this input, and not the operation itself."""
@@ -59,11 +48,11 @@ class FusedUnit:
     def __call__(self, x: Tensor) -> Tensor:
         """The operation's output for [N, C, H, W]."""
         if not self.runs(x):
-            if self._interceptor.normalisation == "probe" and not self._by_cuda(x) and self._takes(x):
+            if self._interceptor.normalisation == "probe" and self._takes(x):
                 self._working_memory(x)
             return self.operation(x.clone(memory_format=torch.contiguous_format))
         macs = len(x) * self._unit.macs((x.shape[2], x.shape[3]))
-        output = self._by_blocks(x) if self._by_cuda(x) else self._by_unit(x)
+        output = self._by_cuda_unit(x) if self._by_cuda(x) else self._by_unit(x)
         self._interceptor.macs += macs
         self._interceptor.macs_fused += macs
         self._interceptor.by_kernels = True
@@ -92,29 +81,19 @@ class FusedUnit:
             self._interceptor.statistics.append((values, values))
         return output
 
-    def _by_blocks(self, x: Tensor) -> Tensor:
-        policy, blocks = self._interceptor.normalisation, self._packed_blocks()
-        node = torch.zeros(1, dtype=torch.int64)
-        kept: Sequence[Tensor | None] = [None] * len(blocks)
-        if policy == "constants":
-            kept = torch.split(self._kept(), [block.statistics_width for block in blocks], dim=1)
-        used = []
-        x = x.to(self._dtype).permute(0, 2, 3, 1)[None]
-        for operation, block, given in zip(self._row(), blocks, kept, strict=True):
-            statistics = running_statistics([operation], block) if policy == "running" else given
-            x, statistics = ops.mixed_op(x, node, node, block, statistics)
-            used.append(statistics)
+    def _by_cuda_unit(self, x: Tensor) -> Tensor:
+        policy = self._interceptor.normalisation
+        output, kept = self._cuda_unit().run(x, policy, self._kept() if policy == "constants" else None)
         if policy == "capture":
-            values = torch.cat(used, dim=1)
-            self._interceptor.statistics.append((values, values))
-        return x[0].permute(0, 3, 1, 2)
+            assert kept is not None
+            self._interceptor.statistics.append((kept, kept))
+        return output
 
     def _takes(self, x: Tensor) -> bool:
         if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
             return False
         if self._by_cuda(x):
-            blocks = self._packed_blocks()
-            if not blocks or not all(ops_cuda.takes(block.operation(0)) for block in blocks):
+            if not unit_cuda.takes(self._unit, x.device, self._dtype):
                 return False
         elif not x.is_cpu:
             return False
@@ -133,16 +112,9 @@ class FusedUnit:
             self._rows = Rows(torch.float64 if self._precision == "fp64" else torch.float32)
             for operation in unit.operations():
                 self._rows.add(operation)
-            branches = [
-                [
-                    *(len(each.operations), *_progression(each.reads), *_progression(each.writes)),
-                    ACTIVATIONS[each.activation],
-                ]
-                for each in unit.branches
-            ]
             self._made = _library.require_chain().UnitEvaluation(
                 *self._rows.arrays(),
-                np.array(branches, dtype=np.int64),
+                branch_rows(unit),
                 unit.in_channels,
                 unit.out_channels,
                 self._precision,
@@ -150,19 +122,10 @@ class FusedUnit:
             self._made.pack()
         return self._made
 
-    def _row(self) -> tuple[OperationWeights, ...]:
-        """The operations of a unit that is a row of such as `ops.mixed_op` has; none where it is not."""
-        branch = self._unit.branches[0]
-        whole = (range(self._unit.in_channels), range(self._unit.out_channels))
-        if (branch.reads, branch.writes) != whole or branch.activation != "linear":
-            return ()
-        row = tuple(each for each in branch.operations if _is_packable(each))
-        return row if len(row) == len(branch.operations) else ()
-
-    def _packed_blocks(self) -> list[PackedBlock]:
-        if self._blocks is None:
-            self._blocks = [pack_choice_block([each], dtype=torch.float32) for each in self._row()]
-        return self._blocks
+    def _cuda_unit(self) -> CudaUnit:
+        if self._made_cuda is None:
+            self._made_cuda = CudaUnit(self._unit, self._dtype)
+        return self._made_cuda
 
     def _statistics(self, x: Tensor) -> Tensor | None:
         """Where statistics are written that are to be kept, or those that were kept."""
@@ -179,6 +142,8 @@ class FusedUnit:
 
     def _working_memory(self, x: Tensor) -> Tensor:
         """As much as the kernels need, so that who watches allocations sees it."""
+        if self._by_cuda(x):
+            return self._cuda_unit().working_memory(x)
         batch = _library.require_chain().Statistics.BATCH
         wide = x.dtype != torch.bfloat16
         size = self._evaluation().needed_bytes(len(x), x.shape[2], x.shape[3], wide, batch)
@@ -187,16 +152,6 @@ class FusedUnit:
     def written(self, x: Tensor, of_batch: bool) -> int:
         """Bytes that the kernels write to maps for [N, C, H, W]."""
         return len(x) * self._unit.numbers((x.shape[2], x.shape[3]), of_batch) * self._dtype.itemsize
-
-
-def _is_packable(operation: Described) -> TypeGuard[OperationWeights]:
-    if isinstance(operation, ConvBNWeights):
-        return operation.weight.shape[2] == 1
-    return isinstance(operation, InvertedBottleneckWeights)
-
-
-def _progression(channels: range) -> tuple[int, int, int]:
-    return channels.start, channels.step, len(channels)
 
 
 class FusedHead:

@@ -16,18 +16,35 @@ from greedynas_ext.checks import describe
 MOST_MEASURED = 4096
 """Channels of a map whose moments the kernels take in float32: where an expansion, or the head, reads it."""
 
+DEPTHWISE_KERNELS, DEPTHWISE_STRIDES = (3, 5, 7), (1, 2)
+"""Of inverted bottlenecks that there are kernels for."""
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Of maps."""
+
+ALIGNMENT = 16
+"""Bytes, at multiples of which the kernels read and write (csrc/cuda/kernels.h)."""
+
 _ON = "CUDA"  # the dispatch key
 _HALVES = (torch.bfloat16, torch.float16)
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # of maps
-_ROW = 8  # channels of a pixel's row, and
-_ALIGNMENT = 16  # bytes, at multiples of which the kernels read and write (csrc/cuda/kernels.h)
+_ROW = 8  # channels of a pixel's row
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there are kernels for maps of the dtype that run on the device."""
-    if dtype not in _PRECISIONS or device.type != "cuda" or not _library.cuda_available():
+    if dtype not in PRECISIONS or device.type != "cuda" or not _library.cuda_available():
         return False
     return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 5))
+
+
+def most_inputs(device: torch.device, precision: str) -> tuple[int, int]:
+    """Input channels of inverted bottlenecks and of the head for which a block's shared memory is known to suffice."""
+    if precision == "fp32":  # products go through their depth in chunks; moments have this limit
+        return MOST_MEASURED, MOST_MEASURED
+    if torch.cuda.get_device_capability(device) < (8, 0):  # 64 KB
+        return 200, 800
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return (1024, 3000) if shared >= 227 * 1024 else (400, 1300)
 
 
 def _module(tensor: Tensor, *others: torch.dtype) -> Any | None:
@@ -36,7 +53,8 @@ def _module(tensor: Tensor, *others: torch.dtype) -> Any | None:
     return _library.require_cuda() if taken and computes(tensor.dtype, tensor.device) else None
 
 
-def _stream(tensor: Tensor) -> int:
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of its device."""
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
@@ -65,7 +83,7 @@ def path_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
                 classes=classes,
                 label_smoothing=label_smoothing,
             ),
-            _stream(logits),
+            stream_of(logits),
         )
     return image_losses.double().mean(1).float(), image_losses, correct
 
@@ -85,7 +103,7 @@ def select_top_k(losses: Tensor, k: int) -> Tensor:
     with torch.cuda.device(losses.device):
         kernels.select_top_k(
             kernels.SelectTopK(losses=losses.data_ptr(), indices=indices.data_ptr(), count=len(losses), k=k),
-            _stream(losses),
+            stream_of(losses),
         )
     return indices
 
@@ -139,7 +157,8 @@ def takes(operation: dict[str, int]) -> bool:
     if operation["kind"] != KINDS["inverted_bottleneck"]:
         return operation["kind"] == KINDS["conv_bn"]
     measured = operation["in_channels"] if operation["expand_weight"] >= 0 else 0
-    return operation["kernel"] in (3, 5, 7) and operation["stride"] <= 2 and measured <= MOST_MEASURED
+    there_is = operation["kernel"] in DEPTHWISE_KERNELS and operation["stride"] in DEPTHWISE_STRIDES
+    return there_is and measured <= MOST_MEASURED
 
 
 def _run(
@@ -154,7 +173,7 @@ def _run(
     """Writes the outputs and the statistics of nodes (input, operation, place)."""
     *_, images, height, width, channels = inputs.shape
     maps, written = inputs, outputs
-    if channels % _ROW or inputs.data_ptr() % _ALIGNMENT:
+    if channels % _ROW or inputs.data_ptr() % ALIGNMENT:
         number = {source: row for row, source in enumerate(sorted({source for source, _, _ in nodes}))}
         maps = inputs.new_zeros(len(number), images, height, width, channels + -channels % _ROW)
         for source, row in number.items():
@@ -172,7 +191,7 @@ def _run(
             nodes=nodes,
             sizes=(images, height, width),
             known=given is not None,
-            precision=_PRECISIONS[inputs.dtype],
+            precision=PRECISIONS[inputs.dtype],
         )
         memory = torch.empty(run.bytes, dtype=torch.uint8, device=inputs.device)
         run.run(
@@ -182,7 +201,7 @@ def _run(
             used_statistics=used.data_ptr(),
             statistics_width=block.statistics_width,
             memory=memory.data_ptr(),
-            stream=_stream(inputs),
+            stream=stream_of(inputs),
         )
     if written is not outputs:
         for _, _, place in nodes:

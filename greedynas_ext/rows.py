@@ -26,6 +26,7 @@ from greedynas_ext.packing import (
     IdentityWeights,
     InvertedBottleneckWeights,
 )
+from greedynas_ext.unit import UnitWeights
 
 _SHAPE_COLUMNS = 14  # of a row, before the addresses
 _POOL = 3  # csrc/operation_source.h: beside KINDS
@@ -176,3 +177,16 @@ class Rows:
         mean = norm.mean_without_bias
         assert mean is not None
         return mean.to(self._dtype).contiguous()
+
+
+def branch_rows(unit: UnitWeights) -> np.ndarray[Any, Any]:
+    """int64 [branches, 8], of operations that stand in a Rows in the order of the branches."""
+    rows = []
+    for branch in unit.branches:
+        channels = (*_progression(branch.reads), *_progression(branch.writes))
+        rows.append([len(branch.operations), *channels, ACTIVATIONS[branch.activation]])
+    return np.array(rows, dtype=np.int64)
+
+
+def _progression(channels: range) -> tuple[int, int, int]:
+    return channels.start, channels.step, len(channels)

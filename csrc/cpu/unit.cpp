@@ -38,7 +38,7 @@ void for_stages(const OperationSource& o, const Body& body) {
 // Tiles project from numbers of half precision, which hold what BatchNorm has put in their range.
 bool leaves_range_open(const BranchSource& branch) {
   return std::any_of(branch.operations.begin(), branch.operations.end(),
-                     [](const OperationSource& o) { return o.depthwise && !o.normalises(kDepthwiseBn); });
+                     [](const OperationSource& o) { return o.is_separable(); });
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kGroupBytes = int64_t{256} << 20;
 
 int activation_after(const OperationSource& o, int stage) {
-  if (o.kind == kConvBn || stage == kExpandBn) return int_of(o.activation);
+  if (o.kind == kConvBn || o.kind == kPool || stage == kExpandBn) return int_of(o.activation);
   return int_of(stage == kDepthwiseBn ? o.depthwise_activation : o.project_activation);
 }
 
@@ -63,7 +63,7 @@ Workspace BlockRunner<T>::workspace(const OperationSource& op, int64_t images, c
   const int64_t all_pixels = images * out.pixels();
   int64_t partials = 0;
   if (op.kind != kIdentity) partials = 4 * row * pointwise_units<T>(all_pixels);
-  if (op.kind == kInvertedBottleneck) {
+  if (op.kind == kInvertedBottleneck && !op.is_separable()) {
     const int64_t units = expand_depthwise_units(expand_depthwise_of<T>(op, images, in));
     partials = std::max(partials, 4 * hidden * units);
   }
@@ -254,6 +254,7 @@ void BlockRunner<T>::sum_up_and_finish(const std::vector<Work>& group) const {
   std::vector<FinishMap<T>> maps;
   for (const Work& w : group) {
     affines.push_back(norm_affine_of(w, kProjectBn, pointwise_units<T>(pixels(w.out))));
+    if (!w.finishes) continue;
     maps.push_back({w.out.data, affine(w, kProjectBn), w.op->source.residual ? w.in.data : nullptr,
                     w.out.mean, w.out.covariance, at<float>(w.space.finish), pixels(w.out),
                     w.out.shape.channels, activation_after(w.op->source, kProjectBn)});

@@ -36,6 +36,7 @@ inline int64_t moments_floats(int channels) {
 
 // Offsets of what an operation works in.
 struct Workspace {
+  // `depthwise`: the output of a depthwise convolution, or the input of a dense one, as floats
   int64_t affines[kBatchNormStages], depthwise, partials, finish, pooled, squeezed, gates;
 };
 
@@ -56,6 +57,9 @@ struct BlockWork {
   // affine map, or null, and an activation.
   const float* first_affine = nullptr;
   int first_activation = kLinear;
+  // Of the output, where statistics are of the batch: or else its BatchNorm and activation are left to who
+  // reads it.
+  bool finishes = true;
 
   bool known() const { return statistics[kProjectBn].mean != nullptr; }
 };

@@ -1,6 +1,6 @@
-// greedynas_ext._cuda as a Python module: evaluation of chains and of single choice blocks on a GPU, and the
-// kernels one by one.
-// Addresses come from tensors that the caller keeps alive until the stream has done its work.
+// greedynas_ext._cuda as a Python module: evaluation of chains, of single choice blocks and of units on a
+// GPU, and the kernels one by one. Addresses come from tensors that the caller keeps alive until the stream
+// has done its work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +14,7 @@
 #include "chain_rows.h"
 #include "kernels_module.h"
 #include "mixed_op.h"
+#include "unit.h"
 
 namespace py = pybind11;
 using namespace greedynas;
@@ -123,4 +124,32 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
           },
           py::arg("inputs"), py::arg("outputs"), py::arg("statistics"), py::arg("used_statistics"),
           py::arg("statistics_width"), py::arg("memory"), py::arg("stream"));
+  py::class_<UnitEvaluation>(module, "UnitEvaluation", py::module_local())
+      .def(py::init([](const Rows& rows, const Doubles& eps, const Rows& branches, int64_t in_channels,
+                       int64_t out_channels, const std::string& precision) {
+             return make_unit_evaluation(unit_source(rows, eps, branches, in_channels, out_channels),
+                                         precision_of(precision));
+           }),
+           py::arg("rows").noconvert(), py::arg("eps").noconvert(), py::arg("branches").noconvert(),
+           py::arg("in_channels"), py::arg("out_channels"), py::arg("precision"))
+      .def_property_readonly("packed_bytes", &UnitEvaluation::packed_bytes)
+      .def_property_readonly("statistics_size", &UnitEvaluation::statistics_size)
+      .def(
+          "pack",
+          [](UnitEvaluation& e, intptr_t memory, intptr_t stream) {
+            e.pack(address<void>(memory), address<CUstream_st>(stream));
+          },
+          py::arg("memory"), py::arg("stream"))
+      .def("needed_bytes", &UnitEvaluation::needed_bytes, py::arg("count"), py::arg("height"),
+           py::arg("width"), py::arg("statistics"))
+      .def(
+          "run",
+          [](UnitEvaluation& e, intptr_t input, std::array<int64_t, 3> sizes, intptr_t output, intptr_t kept,
+             Statistics statistics, intptr_t memory, intptr_t stream) {
+            e.run({address<const void>(input), sizes[0], sizes[1], sizes[2], address<void>(output),
+                   address<float>(kept)},
+                  statistics, address<void>(memory), address<CUstream_st>(stream));
+          },
+          py::arg("input"), py::arg("sizes"), py::arg("output"), py::arg("kept"), py::arg("statistics"),
+          py::arg("memory"), py::arg("stream"));
 }

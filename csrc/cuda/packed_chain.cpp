@@ -26,13 +26,8 @@ class Pieces {
   int64_t bytes_ = 0;
 };
 
-bool has_stage(const OperationSource& o, int stage) {
-  if (stage == kExpandBn) return o.expand != nullptr;
-  if (stage == kDepthwiseBn) return o.depthwise != nullptr;
-  return o.project != nullptr;
-}
-
 int dense_columns(const OperationSource& o) {
+  if (o.is_separable()) return row_channels(int_of(o.hidden_channels));
   return round_up(int_of(o.in_channels * o.kernel * o.kernel), o.kernel > 1 ? 16 : 8);
 }
 
@@ -63,7 +58,7 @@ int64_t PackedChain<T>::place(char* memory) {
     const int hidden = row_channels(int_of(o.hidden_channels)), in = row_channels(int_of(o.in_channels)),
               out = row_channels(int_of(o.out_channels));
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
-      if (!has_stage(o, stage)) continue;
+      if (!o.normalises(stage)) continue;
       const int channels = row_channels(op->channels(stage));
       BatchNorm& norm = op->norms[stage];
       norm.gamma = pieces.take<float>(channels);
@@ -72,13 +67,17 @@ int64_t PackedChain<T>::place(char* memory) {
       const bool halves = stage != kProjectBn || (op == &stem && stem_passes_on());
       norm.factor = halves ? pieces.take<float>(channels) : nullptr;
       norm.eps = static_cast<float>(o.batch_norms[stage].eps);
-      op->stored_factor[stage] = pieces.take<float>(channels);
+      if (o.kind != kPool) op->stored_factor[stage] = pieces.take<float>(channels);
       if (o.batch_norms[stage].mean) {
         op->running_mean[stage] = pieces.take<float>(channels);
         op->running_variance[stage] = pieces.take<float>(channels);
       }
     }
-    if (o.kind == kInvertedBottleneck) {
+    if (o.is_separable()) {
+      op->plain_depthwise = pieces.take<float>(o.kernel * o.kernel * hidden);
+      op->stored_factor[kDepthwiseBn] = pieces.take<float>(hidden);
+      op->dense = pieces.take<WeightOf<T>>(int64_t{out} * dense_columns(o));
+    } else if (o.kind == kInvertedBottleneck) {
       op->expand = pieces.take<WeightOf<T>>(int64_t{hidden} * in);
       op->depthwise = pieces.take<StoredOf<T>>(o.kernel * o.kernel * hidden);
       op->project = pieces.take<StoredOf<T>>(int64_t{out} * hidden);
@@ -103,6 +102,7 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
   std::vector<PackPointwise<T>> pointwise;
   std::vector<PackPointwise<float>> excitations;
   std::vector<PackDepthwise<StoredOf<T>>> depthwise;
+  std::vector<PackDepthwise<float>> plain_depthwise;
   std::vector<PackProject<StoredOf<T>>> project;
   std::vector<NormAffine> units;
   for (PackedOperation<T>* op : all()) {
@@ -110,7 +110,7 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
     const int hidden = int_of(o.hidden_channels), in = int_of(o.in_channels), out = int_of(o.out_channels);
     const auto pitch = [&](int channels) { return o.channels_fastest ? int_of(padded(channels)) : 0; };
     for (int stage = 0; stage < kBatchNormStages; ++stage) {
-      if (!has_stage(o, stage)) continue;
+      if (!o.normalises(stage)) continue;
       const BatchNormSource& from = o.batch_norms[stage];
       const BatchNorm& to = op->norms[stage];
       norms.push_back({floats(from.gamma), floats(from.beta), const_cast<float*>(to.gamma),
@@ -120,7 +120,13 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
                          op->running_variance[stage], nullptr, op->channels(stage)});
       }
     }
-    if (o.kind == kInvertedBottleneck) {
+    if (o.is_separable()) {
+      plain_depthwise.push_back({floats(o.depthwise), nullptr, op->plain_depthwise,
+                                 op->stored_factor[kDepthwiseBn], hidden, int_of(o.kernel * o.kernel),
+                                 pitch(hidden)});
+      pointwise.push_back({floats(o.project), op->dense, op->stored_factor[kProjectBn], out, hidden, 1,
+                           dense_columns(o), pitch(out)});
+    } else if (o.kind == kInvertedBottleneck) {
       const bool after_stem = !stem_blocks.empty() && op == stem_blocks.data() && stem_passes_on();
       const float* before = op->norms[kExpandBn].factor;
       if (after_stem) before = stem.norms[kProjectBn].factor;
@@ -160,6 +166,7 @@ void PackedChain<T>::pack(char* memory, Stream stream) {
   launch_groups(pointwise, pack_pointwise, stream);
   launch_groups(excitations, pack_pointwise, stream);
   launch_groups(depthwise, pack_depthwise, stream);
+  launch_groups(plain_depthwise, pack_depthwise, stream);
   launch_groups(project, pack_project, stream);
   launch_groups(units, norm_affine, stream);
 }

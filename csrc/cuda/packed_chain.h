@@ -17,7 +17,8 @@ struct PackedOperation {
   OperationSource source;
   WeightOf<T>* expand = nullptr;
   StoredOf<T>*depthwise = nullptr, *project = nullptr;
-  WeightOf<T>* dense = nullptr;  // of a kConvBn
+  WeightOf<T>* dense = nullptr;      // of a kConvBn; of a separable convolution the 1x1 one
+  float* plain_depthwise = nullptr;  // of a separable convolution
   // Of squeeze-excitation: [out][row_channels(in)].
   float *se_reduce = nullptr, *se_expand = nullptr;
   BatchNorm norms[kBatchNormStages] = {};

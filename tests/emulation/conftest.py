@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import torch
 from emulated_device import configured
 from filelock import FileLock
 from launches import Record
+
+sys.path.append(str(Path(__file__).parents[1] / "ext"))  # its modules of many makings are of use here too
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

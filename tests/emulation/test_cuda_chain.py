@@ -350,7 +350,7 @@ def test_what_a_gpu_can_compute(
 
 def test_a_stride_of_three_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device, net = torch.device("cpu"), make_net("e3k3")
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (400, 1300))
+    monkeypatch.setattr(fused_cuda, "most_inputs", lambda device, precision: (400, 1300))
     for module in net.choices[2].modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             module.stride = (3, 3)
@@ -365,12 +365,12 @@ def test_more_input_channels_than_fit_are_refused(monkeypatch: pytest.MonkeyPatc
     described = FusedChain.of(Chain.of(net), Trie(torch.zeros(1, 4, dtype=torch.int64)), device)
     assert isinstance(described, FusedChain)
     assert fused_cuda.unsupported(described, device, "fp32") is None  # whatever the device
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (28, 1300))
+    monkeypatch.setattr(fused_cuda, "most_inputs", lambda device, precision: (28, 1300))
     assert fused_cuda.unsupported(described, device, "fp16") is None
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (16, 1300))
+    monkeypatch.setattr(fused_cuda, "most_inputs", lambda device, precision: (16, 1300))
     reason = fused_cuda.unsupported(described, device, "fp16")
     assert reason == "supernet.choices[1][0]: 20 input channels (on this GPU the CUDA kernels take 16)"
-    monkeypatch.setattr(fused_cuda, "_most_inputs", lambda device, precision: (400, 24))
+    monkeypatch.setattr(fused_cuda, "most_inputs", lambda device, precision: (400, 24))
     reason = fused_cuda.unsupported(described, device, "fp16")
     assert reason == "supernet.head: 28 input channels (on this GPU the CUDA kernels take 24)"
 

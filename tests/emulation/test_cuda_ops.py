@@ -15,7 +15,7 @@ from greedynas_ext import ops, ops_cuda, reference
 def _kernels_under_test(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if cuda.device.type == "cpu":
         monkeypatch.setattr(ops_cuda, "_module", lambda tensor: cuda.module)
-        monkeypatch.setattr(ops_cuda, "_stream", lambda tensor: 0)
+        monkeypatch.setattr(ops_cuda, "stream_of", lambda tensor: 0)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 

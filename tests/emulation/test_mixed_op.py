@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,13 +11,10 @@ import pytest
 import torch
 from mixed_op_cases import SPECS, Case, ConvSpec, Spec
 from precisions import ALL, of_floats
-from test_cuda_chain import draw, drawn_paths, exact_losses, make_net
-from torch import Tensor, nn
+from torch import Tensor
 
-from greedynas_ext import evaluate_paths, ops, ops_cuda
-from greedynas_ext.arguments import Chain
+from greedynas_ext import ops, ops_cuda
 from greedynas_ext.block_layout import PackedBlock, padded, stage_channels
-from greedynas_ext.fused_operation import FusedUnit
 
 # Sums of some hundred products in float32, rounded at 6e-8, through three BatchNorms of which each can enlarge errors
 # some ten times where a channel hardly varies (5e-6 at most, here); the SiLU of a GPU has a few 1e-7 of its own.
@@ -46,7 +42,7 @@ def mixed_op(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> MixedOp:
         return ops.mixed_op
     known = (torch.float32,)
     monkeypatch.setattr(ops_cuda, "_module", lambda x, *others: cuda.module if x.dtype in (*known, *others) else None)
-    monkeypatch.setattr(ops_cuda, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(ops_cuda, "stream_of", lambda tensor: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
     def emulated(
@@ -303,56 +299,3 @@ def test_errors_are_those_of_the_cpu(cuda: Any, mixed_op: MixedOp, changes: dict
     with pytest.raises(ValueError, match=r"^mixed_op: ") as found:
         mixed_op(moved["inputs"], moved["input_index"], moved["op_index"], block, moved["statistics"])
     assert str(found.value) == str(expected.value)
-
-
-class Odd(nn.Module):
-    """An operation that is not recognised."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * (1 + torch.tanh(x.mean((1, 2, 3), keepdim=True)))
-
-
-@pytest.mark.parametrize("cuda", ["fp32", "bf16"], indirect=True)
-@pytest.mark.parametrize("bn", ["batch", "running", "recalibrated"])
-def test_recognised_operations_run_fused_beside_others(
-    cuda: Any, mixed_op: MixedOp, monkeypatch: pytest.MonkeyPatch, bn: Any
-) -> None:
-    calls = []
-
-    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        calls.append(arguments)
-        return mixed_op(*arguments)
-
-    monkeypatch.setattr(ops, "mixed_op", counted)
-    monkeypatch.setattr(ops_cuda, "computes", lambda dtype, device: True)
-    monkeypatch.delattr(FusedUnit, "_evaluation")  # the CPU's kernels cannot read what is on a GPU
-    net: Any = make_net("e3k3 e6k5s id", "hswish")
-    net.choices[1][0] = Odd(net.choices[1][0])
-    images, targets = draw(6)
-    paths = drawn_paths(net, 4)
-    paths[0] = 0
-    kwargs: dict[str, Any] = {"bn": bn, "per_image": True}
-    if bn == "recalibrated":
-        kwargs["calibration"] = draw(7, seed=8)[0]
-    expected = exact_losses(net, paths, images, targets, **kwargs)
-    kwargs["precision"] = cuda.precision
-    kwargs["max_memory"] = 1 << 30  # on a GPU memory is always asked for before
-    moved = copy.deepcopy(net).to(cuda.device)
-    moved._adapted_chain = replace(Chain.of(moved), partly_fused=True)
-    if bn == "recalibrated":
-        kwargs["calibration"] = kwargs["calibration"].to(cuda.device)
-    result = evaluate_paths(moved, paths, images.to(cuda.device), targets.to(cuda.device), **kwargs)
-    assert result.plan.kernels.startswith("partly fused; modules: supernet.choices[1][0]")
-    nodes = {(layer, tuple(path[: layer + 1])) for path in paths.tolist() for layer in range(4)}
-    fused = [(layer, path) for layer, path in nodes if (layer, path[layer]) not in ((1, 0), (1, 2), (3, 2))]
-    heads = {tuple(path) for path in paths.tolist()}
-    assert len(calls) == (len(fused) + len(heads)) * (2 if bn == "recalibrated" else 1)
-    dtype = torch.float32 if cuda.precision == "fp32" else torch.bfloat16
-    assert {arguments[0].dtype for arguments in calls} == {dtype}
-    # Roundings of 2^-9 through five operations, and the modules' own.
-    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (0.05, 0.05)
-    torch.testing.assert_close(result.image_losses.double().cpu(), expected.image_losses, rtol=rtol, atol=atol)

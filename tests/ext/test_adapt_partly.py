@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Cells
 from foreign_by_path import SplitNet
 from foreign_supernets import FOREIGN, by_argument, covering, make, own_losses
 from supernets import draw_images, randomise, relative_error
@@ -134,41 +135,6 @@ def test_a_strided_candidate_beside_one_that_is_not() -> None:
         evaluate_paths(adapt(net), [[0, 1, 0]], images, targets)
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
         evaluate_paths(adapt(net, verify=False), [[0, 1, 0]], images, targets)
-
-
-def separable(channels: int, normalised: bool, dilation: int = 1) -> list[nn.Module]:
-    """A depthwise convolution and one of 1x1; batch normalisation after each, or once, and the activation before."""
-    depthwise = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, channels, bias=False)
-    pointwise = [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)]
-    if normalised:
-        return [depthwise, nn.BatchNorm2d(channels), nn.ReLU(), *pointwise, nn.ReLU()]
-    return [nn.ReLU(), depthwise, *pointwise]
-
-
-class Cells(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
-        self.edges = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.Sequential(*separable(8, True), *separable(8, True)),
-                    nn.Sequential(*separable(8, False), *separable(8, False)),
-                    nn.Sequential(*separable(8, False, 2)),
-                    nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(8, affine=False)),
-                    nn.AvgPool2d(3, 1, 1, count_include_pad=False),
-                    nn.Identity(),
-                ]
-            )
-            for _ in range(2)
-        )
-        self.classifier = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor, genotype: Any) -> Tensor:
-        x = self.stem(x)
-        for edge, op in zip(self.edges, genotype, strict=True):
-            x = edge[op](x)
-        return self.classifier(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
