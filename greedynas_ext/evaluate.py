@@ -47,11 +47,10 @@ def evaluate_paths(
     off, batch normalisations by the policy `bn`. On a CPU, and in fp32, bf16 and fp16 on a GPU, where stem, operations
     and head are all recognised by what they compute (convolution, BN, activation; inverted bottlenecks, with squeeze-
     excitation or without; identities; 1x1 convolution, BN, activation, mean, linear), fused kernels evaluate them;
-    anything else runs as the modules that it is. Of what `adapt` returns, on a CPU, parts that are recognised run fused
-    beside others that are not: the operations named, convolutions of any odd size with BN and activation, separable
+    anything else runs as the modules that it is. Of what `adapt` returns, parts that are recognised run fused beside
+    others that are not: the operations named, convolutions of any odd size with BN and activation, separable
     convolutions and pooling as DARTS has them, several in a row, and units that split channels, branch, concatenate and
-    shuffle, as those of ShuffleNetV2; on a GPU the operations named. `plan.kernels` and `plan.macs_fused` say which,
-    and why.
+    shuffle, as those of ShuffleNetV2. `plan.kernels` and `plan.macs_fused` say which, and why.
     To see what it computes, the forward of a new or changed module runs once on a symbol instead of a tensor.
 
     The supernet is not changed: parameters, buffers, flags, gradients and random generators are afterwards as before,

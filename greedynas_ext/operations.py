@@ -1,4 +1,4 @@
-"""Operations as the CPU's kernels run them: those of choice blocks, and those that only units have; sizes and costs."""
+"""Operations as kernels run them: those of choice blocks, and those that only units have; sizes and costs."""
 
 from __future__ import annotations
 

@@ -260,6 +260,84 @@ def test_stem_conv_of_images_far_apart(maps: Maps) -> None:
     assert (found - expected).abs().max() <= maps.tolerance * expected.abs().max()
 
 
+def test_arrange_channels(maps: Maps) -> None:
+    """Every other channel of rows of 32, and half of the rows of 64 that become."""
+    x = sparse(pixels_beyond(32), 32, dtype=maps.dtype)
+    x[-60:] = numbers(60, 32)
+    y = sparse(len(x), 64, dtype=maps.dtype)
+    sources = [(x.data_ptr(), 32, 1, 2, 16, 0, 1), (x.data_ptr(), 32, 0, 1, 32, 32, 1)]
+    maps.kernels.arrange_channels(sources, y.data_ptr(), 64, RELU, len(x))
+    expected = torch.zeros(60, 64, dtype=torch.float64)
+    expected[:, :16], expected[:, 32:] = x[-60:, 1::2].double().relu(), x[-60:].double().relu()
+    written = y[-60:].any(1)  # a block has 256 vectors of 8 channels
+    assert written.sum() >= 1
+    expected[~written] = 0
+    check_only_the_end(y, expected, 0)
+
+
+def test_depthwise_conv(maps: Maps) -> None:
+    channels, size, stride = 32, 8, 2
+    images = FAR // (channels * (size // stride) ** 2) + 5
+    x = sparse(images, size, size, channels, dtype=maps.dtype)
+    x[-1] = numbers(size, size, channels)
+    weight, ones, affine = numbers(9, channels, seed=1) / 3, torch.ones(channels), affine_of(channels)
+    y = sparse(images, size // stride, size // stride, channels, dtype=maps.dtype)
+    node = maps.kernels.DepthwiseConv(
+        x=x.data_ptr(),
+        affine=affine.data_ptr(),
+        weight=weight.data_ptr(),
+        stored_factor=ones.data_ptr(),
+        y=y.data_ptr(),
+        images=images,
+        height=size,
+        width=size,
+        channels=channels,
+        kernel=3,
+        stride=stride,
+        activation=RELU,
+    )
+    maps.kernels.depthwise_conv(node)
+    u = (x[-1:].double() + 0.25).relu().permute(0, 3, 1, 2)
+    taps = weight.double().T.reshape(channels, 1, 3, 3)
+    expected = F.conv2d(u, taps, stride=stride, padding=1, groups=channels).permute(0, 2, 3, 1)[0]
+    written = y[-1].any(-1)
+    assert written.any()
+    expected[~written] = 0
+    check_only_the_end(y.flatten(0, 2), expected.flatten(0, 1), maps.tolerance)
+
+
+def test_pool(maps: Maps) -> None:
+    channels, size = 32, 8
+    images = FAR // (channels * size * size) + 700
+    x = sparse(images, size, size, channels, dtype=maps.dtype)
+    pixels = images * size * size
+    last = unit_pixels(pixels)
+    seen = -(-last // (size * size)) + 1
+    x[-seen:] = numbers(seen, size, size, channels)
+    y = sparse(pixels, channels, dtype=maps.dtype)
+    partials = torch.full((maps.kernels.pointwise_units(pixels), 4, channels), float("nan"))
+    node = maps.kernels.Pool(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        partials=partials.data_ptr(),
+        images=images,
+        height=size,
+        width=size,
+        channels=channels,
+        kernel=3,
+        stride=1,
+        pooling=1,
+        activation=LINEAR,
+    )
+    maps.kernels.pool(node)
+    expected = F.max_pool2d(x[-seen:].double().permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1).flatten(0, 2)
+    check_only_the_end(y, expected[-last:], 0)
+    assert partials[:-1].isnan().all()
+    pilot, sums, _, count = partials[-1].double()
+    assert (count == last).all()
+    assert torch.allclose(pilot + sums / count, y[-last:].double().mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_head_pool(maps: Maps) -> None:
     into, channels, image_pixels = 64, 128, 49
     images = FAR // (into * image_pixels) + 9
