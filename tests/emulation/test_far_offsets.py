@@ -308,7 +308,7 @@ def test_depthwise_conv(maps: Maps) -> None:
 
 def test_pool(maps: Maps) -> None:
     channels, size = 32, 8
-    images = FAR // (channels * size * size) + 700
+    images = FAR // (channels * size * size) + 1500
     x = sparse(images, size, size, channels, dtype=maps.dtype)
     pixels = images * size * size
     last = unit_pixels(pixels)
