@@ -93,7 +93,7 @@ class FusedUnit:
         if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
             return False
         if self._by_cuda(x):
-            if not unit_cuda.takes(self._unit, x.device, self._dtype):
+            if unit_cuda.unsupported(self._unit, x.device, self._dtype) is not None:
                 return False
         elif not x.is_cpu:
             return False
@@ -190,6 +190,8 @@ def with_fused_parts(
 
     def fused(place: str, part: Operation, described: UnitWeights | HeadWeights | Unrecognised) -> Operation:
         nonlocal replaced
+        if isinstance(described, UnitWeights):
+            described = _taken(described, _DTYPES[precision])
         if isinstance(described, Unrecognised):
             if not hands_on(part):
                 reasons[place] = described.reason
@@ -213,6 +215,13 @@ def with_fused_parts(
         choices[layer][op] = fused(chain.place(layer, op), part, unit)
     head = fused("supernet.head", chain.head, recognise_head(chain.head))
     return replace(chain, stem=stem, choices=tuple(map(tuple, choices)), head=head), reasons if replaced else None
+
+
+def _taken(unit: UnitWeights, dtype: torch.dtype) -> UnitWeights | Unrecognised:
+    """The unit, where there are kernels for it on the device that its weights are on."""
+    device = unit.device
+    why = unit_cuda.unsupported(unit, device, dtype) if device and ops_cuda.computes(dtype, device) else None
+    return unit if why is None else Unrecognised(why)
 
 
 def hands_on(operation: Operation) -> bool:

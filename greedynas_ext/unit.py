@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from greedynas_ext.operations import (
+    PoolWeights,
     Size,
     UnitOperation,
     operation_macs,
@@ -17,7 +20,7 @@ from greedynas_ext.operations import (
     operation_numbers,
     operation_shape,
 )
-from greedynas_ext.packing import BatchNormWeights
+from greedynas_ext.packing import BatchNormWeights, ConvBNWeights
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class UnitWeights:
         """Those of all branches, in their order."""
         for branch in self.branches:
             yield from branch.operations
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of a convolution's weights; None without any."""
+        for operation in self.operations():
+            if not isinstance(operation, PoolWeights):
+                return (operation.weight if isinstance(operation, ConvBNWeights) else operation.project).device
+        return None
 
     def norms(self) -> list[BatchNormWeights]:
         """In the order in which their statistics are kept."""

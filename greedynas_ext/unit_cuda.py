@@ -17,21 +17,28 @@ MOST_DENSE = 1792
 _MOST_BRANCHES = 16  # csrc/cuda/kernels.h: kMaxSources
 
 
-def takes(unit: UnitWeights, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for all of a unit, for maps of `dtype`."""
+def unsupported(unit: UnitWeights, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a unit on `device` for maps of `dtype`; None where they can."""
+    if len(unit.branches) > _MOST_BRANCHES:
+        return f"{len(unit.branches)} branches (the CUDA kernels take {_MOST_BRANCHES})"
     most, _ = ops_cuda.most_inputs(device, ops_cuda.PRECISIONS[dtype])
-    return len(unit.branches) <= _MOST_BRANCHES and all(_takes(each, most) for each in unit.operations())
+    return next(filter(None, (_unsupported(operation, most) for operation in unit.operations())), None)
 
 
-def _takes(operation: UnitOperation, most_inputs: int) -> bool:
+def _unsupported(operation: UnitOperation, most_inputs: int) -> str | None:
     into, _, stride = operation_shape(operation)
     if isinstance(operation, ConvBNWeights):
         kernel = operation.weight.shape[2]
-        return kernel == 1 or into * kernel**2 <= MOST_DENSE
+        if kernel > 1 and into * kernel**2 > MOST_DENSE:
+            return f"{kernel}x{kernel} of {into} channels (the CUDA kernels take {MOST_DENSE // kernel**2})"
     if isinstance(operation, InvertedBottleneckWeights):
-        there_is = operation.depthwise.shape[2] in ops_cuda.DEPTHWISE_KERNELS and stride in ops_cuda.DEPTHWISE_STRIDES
-        return there_is and into <= most_inputs
-    return True
+        if (kernel := operation.depthwise.shape[2]) not in ops_cuda.DEPTHWISE_KERNELS:
+            return f"depthwise {kernel}x{kernel} (the CUDA kernels have 3x3, 5x5 and 7x7)"
+        if stride not in ops_cuda.DEPTHWISE_STRIDES:
+            return f"stride {stride} (the CUDA kernels have 1 and 2)"
+        if into > most_inputs:
+            return f"{into} input channels (on this GPU the CUDA kernels take {most_inputs})"
+    return None
 
 
 class CudaUnit:

@@ -156,18 +156,18 @@ def test_as_many_branches_as_there_may_be(cuda: Any) -> None:
 @pytest.mark.parametrize("cuda", ["fp16"], indirect=True)
 def test_what_there_are_no_kernels_for(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops_cuda, "most_inputs", lambda device, precision: (20, 800))
-    for module, taken in (
-        (Parallel(*(pointwise(6, 3) for _ in range(17))), False),
-        (nn.Sequential(conv(MOST_DENSE // 9, 8, 3), nn.BatchNorm2d(8)), True),
-        (nn.Sequential(conv(MOST_DENSE // 9 + 1, 8, 3), nn.BatchNorm2d(8)), False),
-        (mb(8, 8, 3, 3, 2), False),
-        (mb(20, 8, 3, 2, 2), True),
-        (mb(21, 8, 3, 2, 2), False),
-        (nn.Sequential(*separable(8, 7, 3)), True),
+    for module, why in (
+        (Parallel(*(pointwise(6, 3) for _ in range(17))), "17 branches (the CUDA kernels take 16)"),
+        (nn.Sequential(conv(MOST_DENSE // 9, 8, 3), nn.BatchNorm2d(8)), None),
+        (nn.Sequential(conv(200, 8, 3), nn.BatchNorm2d(8)), "3x3 of 200 channels (the CUDA kernels take 199)"),
+        (mb(8, 8, 3, 3, 2), "stride 3 (the CUDA kernels have 1 and 2)"),
+        (mb(20, 8, 3, 2, 2), None),
+        (mb(21, 8, 3, 2, 2), "21 input channels (on this GPU the CUDA kernels take 20)"),
+        (nn.Sequential(*separable(8, 7, 3)), None),
     ):
         unit = recognise_unit(module, None)
         assert isinstance(unit, UnitWeights), unit
-        assert unit_cuda.takes(unit, cuda.device, cuda.dtype) == taken
+        assert unit_cuda.unsupported(unit, cuda.device, cuda.dtype) == why
 
 
 @of_both

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cells import Cells
+from foreign_by_path import mb
 from foreign_supernets import FOREIGN, by_argument, covering, make, own_losses
 from precisions import of_both
 from supernets import draw_images, randomise
@@ -112,4 +113,19 @@ def test_separable_convolutions_and_poolings(cuda: Any, calls: list[torch.dtype]
     dilated = "partly fused; modules: supernet.choices[0][2]: 1: expected dilation 1, got (2, 2)"
     assert result.plan.kernels.startswith(dilated), result.plan.kernels
     assert len(calls) >= 1 + 4 + 6 * 4  # the stem, and all but dilated convolutions and identities
+    check(cuda, result.image_losses, expected)
+
+
+@of_both
+def test_what_there_are_no_kernels_for_is_named(cuda: Any) -> None:
+    net = Cells()
+    net.edges[0][2] = mb(8, 8, 3, 3, 2)
+    paths = torch.tensor([[2, 1], [1, 3]])
+    images, targets = draw_images(5, 11)
+    expected = own_losses(copy.deepcopy(net).double(), by_argument, paths, images, targets)
+    batch = images.float().to(cuda.device), targets.to(cuda.device)
+    kwargs: dict[str, Any] = {"per_image": True, "precision": cuda.precision, "max_memory": MEMORY}
+    result = evaluate_paths(adapt(net.to(cuda.device)), paths, *batch, **kwargs)
+    strided = "partly fused; modules: supernet.choices[0][2]: stride 3 (the CUDA kernels have 1 and 2)"
+    assert result.plan.kernels.startswith(strided), result.plan.kernels
     check(cuda, result.image_losses, expected)
