@@ -21,8 +21,8 @@ from greedynas_ext.unit import UnitWeights
 from greedynas_ext.unit_cuda import MOST_DENSE, CudaUnit
 
 # Of the largest output: roundings of 6e-8, 2^-12 and 2^-9, of inputs, weights and maps, through up to six
-# normalisations (2e-6, 0.0015 and 0.0085 at most, here).
-TOLERANCE = {"fp32": 1e-5, "fp16": 0.005, "bf16": 0.025}
+# normalisations (1.8e-6, 0.0041 and 0.013 at most, here).
+TOLERANCE = {"fp32": 1e-5, "fp16": 0.008, "bf16": 0.025}
 
 
 @pytest.fixture(autouse=True)
