@@ -93,7 +93,8 @@ class FusedUnit:
         if x.dim() != 4 or x.shape[1] != self._unit.in_channels or x.numel() == 0:
             return False
         if self._by_cuda(x):
-            if unit_cuda.unsupported(self._unit, x.device, self._dtype) is not None:
+            elsewhere = self._unit.device not in (None, x.device)  # which the operation itself says
+            if elsewhere or unit_cuda.unsupported(self._unit, x.device, self._dtype) is not None:
                 return False
         elif not x.is_cpu:
             return False
