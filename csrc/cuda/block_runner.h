@@ -57,8 +57,8 @@ struct BlockWork {
   // affine map, or null, and an activation.
   const float* first_affine = nullptr;
   int first_activation = kLinear;
-  // Of the output, where statistics are of the batch: or else its BatchNorm and activation are left to who
-  // reads it.
+  // Whether BatchNorm and activation are applied to the output where statistics are of the batch; or else
+  // they are left to who reads it.
   bool finishes = true;
 
   bool known() const { return statistics[kProjectBn].mean != nullptr; }
