@@ -13,8 +13,9 @@ UNITS = 2048  # kMaxUnits (csrc/cuda/pointwise.cuh)
 
 KERNELS = (
     *("stem_conv", "expand_depthwise", "project", "finish_map", "strided_conv", "squeeze", "head_pool", "linear"),
-    *("path_cross_entropy", "pointwise_affine", "norm_affine"),
+    *("path_cross_entropy", "pointwise_affine", "norm_affine", "pool", "depthwise_conv", "arrange_channels"),
 )
+_MAXIMUM, _MEAN = 1, 2  # Pooling (csrc/operation_source.h)
 _ONLY_QUICK = {"32x3 to 32 k3 s2", "7x40 to 256", "40 to 100", "100 classes"}
 
 
@@ -94,6 +95,18 @@ def _all_cases() -> Iterator[Case]:
                 _node("strided_conv", height, into, out, stride),
                 height == 14,
             )
+    # Of units: operations of DARTS for images of 32x32, and ShuffleNetV2's ends of units.
+    for size, channels in ((32, 36), (16, 72), (8, 144)):
+        for pooling, number in (("maximum", _MAXIMUM), ("mean", _MEAN)):
+            yield Case("pool", f"{size}x{channels} {pooling} 3", _node("pool", size, channels, 3, number), size == 8)
+        for k in (3, 5):
+            node = _node("depthwise_conv", size, channels, k)
+            yield Case("depthwise_conv", f"{size}x{channels} k{k} s1", node, (size, k) == (8, 3))
+    yield Case("depthwise_conv", "32x36 k3 s2", _node("depthwise_conv", 32, 36, 3, 2))
+    for size, channels in ((28, 160), (14, 320)):
+        for words, shuffled in (("joined", False), ("shuffled", True)):
+            node = _node("arrange_channels", size, channels, shuffled)
+            yield Case("arrange_channels", f"{size}x{channels} {words}", node, size == 14)
     yield Case("stem_conv", "224x3 to 32 k3 s2", _node("stem_conv", 224, 32))
     yield Case("stem_conv", "32x3 to 32 k3 s2", _node("stem_conv", 32, 32), True)
     yield Case("pointwise_affine", "320 to 1280", _node("pointwise_affine", 320, 1280, images_each=None))

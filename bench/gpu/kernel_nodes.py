@@ -20,7 +20,7 @@ class Node:
 
     Attributes:
         kernel: the function of `kernels` that takes them.
-        arguments: a struct, or a list of one where the kernel takes a group.
+        arguments: a struct, or a list of one where the kernel takes a group; a tuple where it takes several arguments.
         shape: its members that are numbers.
         images: of the launch; None for kernels that know none.
         buffers: all memory that it accesses, by the names of the members (an output's: y, ...).
@@ -35,6 +35,11 @@ class Node:
     buffers: dict[str, Tensor]
     read: dict[str, int]
     written: dict[str, int]
+
+    def launch(self, kernels: Any, stream: int) -> None:
+        """On a stream, by a module's kernels."""
+        arguments = self.arguments if isinstance(self.arguments, tuple) else (self.arguments,)
+        getattr(kernels, self.kernel)(*arguments, stream)
 
     @property
     def moved(self) -> int:
@@ -203,6 +208,52 @@ class Nodes:
         shape = {"images": images, "image_pixels": size**2, "channels": channels, "activation": RELU6}
         outputs = {"pooled": self._empty(images, channels)}
         return self._node("squeeze", "Squeeze", shape, inputs, outputs, images=images)
+
+    def pool(self, images: int, size: int, channels: int, kernel: int, pooling: int, stride: int = 1) -> Node:
+        """With sums, as where BatchNorm follows."""
+        row, small = -(-channels // 8) * 8, -(-size // stride)
+        pixels = images * small**2
+        inputs = {"x": self._random(images, size, size, row, dtype=torch.bfloat16)}
+        outputs = {
+            "y": self._empty(pixels, row, dtype=torch.bfloat16),
+            "partials": self._empty(self.kernels.pointwise_units(pixels), 4, row),
+        }
+        shape = {"images": images, "height": size, "width": size, "channels": channels, "kernel": kernel}
+        shape |= {"stride": stride, "pooling": pooling, "activation": 0}
+        return self._node("pool", "Pool", shape, inputs, outputs, images=images, group=False)
+
+    def depthwise_conv(self, images: int, size: int, channels: int, kernel: int, stride: int = 1) -> Node:
+        """Of what BatchNorm and ReLU make of its input."""
+        row, small = -(-channels // 8) * 8, -(-size // stride)
+        inputs = {
+            "x": self._random(images, size, size, row, dtype=torch.bfloat16),
+            "affine": self._affine(row),
+            "weight": self._random(kernel**2, row) / kernel,
+            "stored_factor": torch.ones(row, device=self._device),
+        }
+        outputs = {"y": self._empty(images * small**2, row, dtype=torch.bfloat16)}
+        shape = {"images": images, "height": size, "width": size, "channels": channels, "kernel": kernel}
+        shape |= {"stride": stride, "activation": 1}
+        read = {"affine": 8 * row}  # no bounds: it is ReLU
+        return self._node(
+            "depthwise_conv", "DepthwiseConv", shape, inputs, outputs, images=images, read=read, group=False
+        )
+
+    def arrange_channels(self, images: int, size: int, channels: int, shuffled: bool) -> Node:
+        """Half of a map's channels and all of another's, of as many, behind each other or by turns."""
+        pixels, half = images * size**2, channels // 2
+        buffers = {
+            "x": self._random(pixels, channels, dtype=torch.bfloat16),
+            "d": self._random(pixels, half, dtype=torch.bfloat16),
+        }
+        out = self._empty(pixels, channels, dtype=torch.bfloat16)
+        first, step = (1, 2) if shuffled else (half, 1)
+        sources = [(buffers["x"].data_ptr(), channels, 0, 1, half, 0, step)]
+        sources.append((buffers["d"].data_ptr(), half, 0, 1, half, first, step))
+        shape = {"pixels": pixels, "channels": channels, "shuffled": int(shuffled)}
+        read = {"x": out.nbytes // 2, "d": out.nbytes // 2}
+        arguments = (sources, out.data_ptr(), channels, 0, pixels)
+        return Node("arrange_channels", arguments, shape, images, {**buffers, "y": out}, read, {"y": out.nbytes})
 
     def head_pool(self, images: int, size: int, into: int, channels: int) -> Node:
         inputs = {

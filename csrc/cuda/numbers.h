@@ -82,10 +82,21 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
           Pair<T>::pack(x[6], x[7])};
 }
 
-// Eight numbers of a map, at a multiple of 16 bytes.
+// Four numbers, at a multiple of 8 bytes (floats: of 16); eight of a map, at a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load4(float (&x)[4], const T* from) {
+  const uint2 words = *reinterpret_cast<const uint2*>(from);
+  const float2 low = Pair<T>::unpack(words.x), high = Pair<T>::unpack(words.y);
+  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+__device__ __forceinline__ void load4(float (&x)[4], const float* from) {
+  const float4 words = __ldg(reinterpret_cast<const float4*>(from));
+  x[0] = words.x, x[1] = words.y, x[2] = words.z, x[3] = words.w;
+}
 template <typename T>
 __device__ __forceinline__ void load8(float (&x)[8], const T* from) {
-  unpack<T>(x, *reinterpret_cast<const uint4*>(from));
+  const uint4 words = *reinterpret_cast<const uint4*>(from);  // one load
+  unpack<T>(x, words);
 }
 
 // As they are once they have been stored.

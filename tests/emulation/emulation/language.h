@@ -64,6 +64,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
   EMULATION_VECTOR4(float4, float)
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+  EMULATION_VECTOR2(uint2, unsigned)
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
   EMULATION_VECTOR4(uint4, unsigned)
