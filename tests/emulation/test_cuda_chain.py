@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign_elastic import ONCE, set_once
+from foreign_supernets import covering, make, once, own_losses
 from precisions import of_all, of_both
+from supernets import draw_images
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from greedynas import Supernet
 from greedynas.layers import Layer, Operation
 from greedynas.spaces import Space
-from greedynas_ext import _library, arguments, evaluate, evaluate_paths, fused, fused_cuda
+from greedynas_ext import _library, adapt, arguments, evaluate, evaluate_paths, fused, fused_cuda
 from greedynas_ext.arguments import Chain
 from greedynas_ext.fused_chain import FusedChain
 from greedynas_ext.fused_cuda import CudaEngine
@@ -392,3 +395,18 @@ def test_a_profiler_sees_the_stages_by_their_names(on_device: Any) -> None:
     assert set(stages) == {"stem", "layer 0", "layer 1", "layer 2", "layer 3", "head", "loss"}
     assert stages[0] == "stem"
     assert stages.count("stem") == 1
+
+
+@of_all
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_elastic_networks(cuda: Any, on_device: Any, bn: Any) -> None:
+    """Weights that are computed of parameters, for each path of its own, are packed on the device."""
+    net, (images, targets) = make("once for all"), draw_images(4, 20)
+    paths = covering(tuple(map(len, ONCE)))
+    expected = own_losses(net, once, paths, images, targets, bn)
+    view = adapt(net.float().to(cuda.device), choices=ONCE, select=set_once)
+    batch = images.float().to(cuda.device), targets.to(cuda.device)
+    result = evaluate_paths(view, paths, *batch, bn=bn, per_image=True, precision=cuda.precision)
+    assert result.plan.kernels == f"fused, CUDA, {cuda.precision}"
+    tolerance = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[cuda.precision]
+    torch.testing.assert_close(result.image_losses.double().cpu(), expected, rtol=tolerance, atol=tolerance)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from cells import Cells
 from foreign_by_path import mb
-from foreign_supernets import FOREIGN, by_argument, covering, make, own_losses
+from foreign_elastic import ONCE, set_once
+from foreign_supernets import FOREIGN, by_argument, covering, make, once, own_losses
 from supernets import draw_images, randomise
 from test_cuda_chain import draw, drawn_paths, exact_losses, make_net
 from torch import Tensor, nn
@@ -119,6 +120,22 @@ def test_separable_convolutions_and_poolings(cuda: Any, calls: list[torch.dtype]
     dilated = "partly fused; modules: supernet.choices[0][2]: 1: expected dilation 1, got (2, 2)"
     assert result.plan.kernels.startswith(dilated), result.plan.kernels
     assert len(calls) >= 1 + 4 + 6 * 4  # the stem, and all but dilated convolutions and identities
+    check(cuda, result.image_losses, expected)
+
+
+@of_maps
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_elastic_networks_in_parts(cuda: Any, calls: list[torch.dtype], bn: Any) -> None:
+    """Sliced weights and transformed kernels are computed on the device, and read there."""
+    net, (images, targets) = make("once for all, mobile"), draw_images(4, 20)
+    paths = covering(tuple(map(len, ONCE)))
+    expected = own_losses(net, once, paths, images, targets, bn)
+    batch = images.float().to(cuda.device), targets.to(cuda.device)
+    kwargs: dict[str, Any] = {"bn": bn, "per_image": True, "precision": cuda.precision, "max_memory": MEMORY}
+    view = adapt(net.float().to(cuda.device), choices=ONCE, select=set_once)
+    result = evaluate_paths(view, paths, *batch, **kwargs)
+    assert result.plan.macs_fused > 0.9 * result.plan.macs_computed, result.plan.kernels
+    assert calls
     check(cuda, result.image_losses, expected)
 
 
