@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gpu_kernels import LAYERS
-from kernel_nodes import Node, Nodes
+from gpu_kernels import LAYERS, SHUFFLED_MAPS, UNIT_MAPS
+from kernel_nodes import MAXIMUM, MEAN, Node, Nodes
 
 PARTS = 132  # multiprocessors of an H100, of which one is emulated
 UNITS = 2048  # kMaxUnits (csrc/cuda/pointwise.cuh)
@@ -15,7 +15,6 @@ KERNELS = (
     *("stem_conv", "expand_depthwise", "project", "finish_map", "strided_conv", "squeeze", "head_pool", "linear"),
     *("path_cross_entropy", "pointwise_affine", "norm_affine", "pool", "depthwise_conv", "arrange_channels"),
 )
-_MAXIMUM, _MEAN = 1, 2  # Pooling (csrc/operation_source.h)
 _ONLY_QUICK = {"32x3 to 32 k3 s2", "7x40 to 256", "40 to 100", "100 classes"}
 
 
@@ -96,14 +95,14 @@ def _all_cases() -> Iterator[Case]:
                 height == 14,
             )
     # Of units: operations of DARTS for images of 32x32, and ShuffleNetV2's ends of units.
-    for size, channels in ((32, 36), (16, 72), (8, 144)):
-        for pooling, number in (("maximum", _MAXIMUM), ("mean", _MEAN)):
+    for size, channels in UNIT_MAPS:
+        for pooling, number in (("maximum", MAXIMUM), ("mean", MEAN)):
             yield Case("pool", f"{size}x{channels} {pooling} 3", _node("pool", size, channels, 3, number), size == 8)
         for k in (3, 5):
             node = _node("depthwise_conv", size, channels, k)
             yield Case("depthwise_conv", f"{size}x{channels} k{k} s1", node, (size, k) == (8, 3))
     yield Case("depthwise_conv", "32x36 k3 s2", _node("depthwise_conv", 32, 36, 3, 2))
-    for size, channels in ((28, 160), (14, 320)):
+    for size, channels in SHUFFLED_MAPS:
         for words, shuffled in (("joined", False), ("shuffled", True)):
             node = _node("arrange_channels", size, channels, shuffled)
             yield Case("arrange_channels", f"{size}x{channels} {words}", node, size == 14)

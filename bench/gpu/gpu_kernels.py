@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_nodes import Node, Nodes
+from kernel_nodes import MAXIMUM, Node, Nodes
 
 from greedynas_ext import _library
 from greedynas_ext.bench.measure import machine
@@ -39,6 +39,9 @@ LAYERS = [
     (7, 192, 192, 1),
     (7, 192, 320, 1),
 ]
+# Height and width, and channels: of the cells of DARTS on images of 32x32, and of the ends of ShuffleNetV2's units.
+UNIT_MAPS = [(32, 36), (16, 72), (8, 144)]
+SHUFFLED_MAPS = [(28, 160), (14, 320)]
 _SETS_BYTES = 300 << 20  # of buffers that launches rotate through
 
 
@@ -62,7 +65,7 @@ class Case:
 
 
 class Cases:
-    """Every kernel of a choice block for every layer."""
+    """Every kernel of a choice block for every layer, and those of units."""
 
     def __init__(self, images: int, nodes: Nodes) -> None:
         self._images, self._nodes = images, nodes
@@ -84,14 +87,23 @@ class Cases:
                 moved = 2 * images * small**2 * out * (3 if residual else 2)
                 detail = "residual" if residual else ""
                 yield self._case(f"{small}x{out}", detail, moved, nodes.finish_map, images, small, out, residual)
+        for size, channels in UNIT_MAPS:
+            moved, layer = 4 * images * size**2 * (-(-channels // 8) * 8), f"{size}x{channels}"
+            yield self._case(layer, "maximum 3", moved, nodes.pool, images, size, channels, 3, MAXIMUM)
+            for kernel in (3, 5):
+                yield self._case(layer, f"k{kernel}", moved, nodes.depthwise_conv, images, size, channels, kernel)
+        for size, channels in SHUFFLED_MAPS:
+            moved = 4 * images * size**2 * channels
+            yield self._case(
+                f"{size}x{channels}", "shuffled", moved, nodes.arrange_channels, images, size, channels, True
+            )
 
     def _case(self, layer: str, detail: str, moved: int, make: Callable[..., Node], *arguments: Any) -> Case:
         def prepare() -> Callable[[], None]:
             node, stream = make(*arguments), torch.cuda.current_stream().cuda_stream
-            function = getattr(self._nodes.kernels, node.kernel)
 
             def launch() -> None:
-                function(node.arguments, stream)  # and its buffers are kept
+                node.launch(self._nodes.kernels, stream)  # and its buffers are kept
 
             return launch
 

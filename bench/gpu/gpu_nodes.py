@@ -102,7 +102,7 @@ class Measurable:
 
 
 def layer_nodes(images: int) -> Iterator[Measurable]:
-    """Those that bench/gpu/gpu_kernels.py times, in its order."""
+    """Those of choice blocks that bench/gpu/gpu_kernels.py times, in its order."""
     for height, into, out, stride in LAYERS:
         small = ceil_div(height, stride)
         pixels = images * small**2

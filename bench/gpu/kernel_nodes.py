@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 RELU6 = 2
+MAXIMUM, MEAN = 1, 2  # Pooling (csrc/operation_source.h)
 STREAMS = ("x", "d", "y", "map", "residual", "images", "input", "output", "logits")  # the others are parameters
 
 
