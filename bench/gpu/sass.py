@@ -64,7 +64,7 @@ class Instruction:
         if not self.name.startswith(("LDS", "STS", "LDGSTS")):
             return 0
         wide = next((bits for bits in (128, 64) if f".{bits}" in self.opcode), 32)
-        matrices = re.search(r"\.M88\.(\d)", self.opcode)
+        matrices = re.search(r"\.MT?88\.(\d)", self.opcode)
         return int(matrices[1]) if matrices else wide // 32
 
 
@@ -105,7 +105,9 @@ class Kernel:
         self.blocks, labels = _cut(lines)
         for at, block in enumerate(self.blocks):
             last = block.instructions[-1] if block.instructions else None
-            jumps = last is not None and last.name in ("BRA", "BRX", "JMP", "JMX")
+            # Lanes that have gone different ways make shuffles one after another, elsewhere: none of ours has.
+            apart = last is not None and last.opcode.startswith("BRA.DIV")
+            jumps = last is not None and not apart and last.name in ("BRA", "BRX", "JMP", "JMX")
             if last is not None and jumps:
                 if not last.targets:
                     raise ValueError(f"{symbol}: no target of {last.opcode} {last.operands}")
