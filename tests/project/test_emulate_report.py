@@ -69,13 +69,21 @@ def test_counts_are_possible(content):
                 assert buffer[f"floor_{way}"] <= counts["launch_bytes"]
         for kind in launch["shared"].values():
             assert kind["requests"] <= kind["ideal_wavefronts"] <= kind["wavefronts"]
-    # The kernels cut their work on the part of a device as on the whole: within a unit of rounding (of pooled maps,
-    # which are small, a unit is 4 tiles of pixels here and 5 there).
+    # The kernels cut their work on the part of a device as on the whole: within a unit of rounding, or, of small maps,
+    # within one more tile of 128 pixels in a unit.
+    tiles = {
+        (launch["kernel"], launch["name"]): launch["images"] * launch["shape"]["height"] ** 2 / 128
+        for launch in content["launches"]
+        if launch["kernel"] == "pool"
+    }
     for call in content["calls"]:
-        if call["units"] is not None:
-            here, there = call["units"]["here"], call["units"]["there"]
-            rounding = 0.25 * here if call["kernel"] == "pool" else 1.01
-            assert here == pytest.approx(there / content["device"]["stands_for"]["multiprocessors"], abs=rounding)
+        if call["units"] is None:
+            continue
+        here, there = call["units"]["here"], call["units"]["there"] / content["device"]["stands_for"]["multiprocessors"]
+        if of_map := tiles.get((call["kernel"], call["name"])):
+            assert of_map / here == pytest.approx(of_map / there, abs=1.01)
+        else:
+            assert here == pytest.approx(there, abs=1.01)
 
 
 def test_a_limit_that_is_exceeded_is_named(bench):
