@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const __grid_constant__ 
   if (thread != 0) return;
 
   if (target < 0 || target >= classes) {
-    *a.status = 1;
+    atomicExch(a.status, 1);  // as other warps may, at the same time
     a.image_losses[row] = kInfinity - kInfinity;
     return;
   }
