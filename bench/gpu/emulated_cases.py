@@ -35,15 +35,18 @@ class Case:
     quick: bool = False
 
 
-def _node(method: str, *numbers: int, images_each: int | None = 1) -> Callable[[Nodes, int], Node]:
-    """Makes the node of a method of Nodes, whose first argument is that many times the images; None: it takes none."""
+def _case(kernel: str, name: str, *numbers: int, quick: bool = False, images_each: int | None = 1) -> Case:
+    """Of the method of Nodes that is called as the kernel.
+
+    Its arguments are `images_each` times the images, unless that is None, and `numbers`.
+    """
 
     def make(nodes: Nodes, images: int) -> Node:
         first = [] if images_each is None else [images * images_each]
-        made: Node = getattr(nodes, method)(*first, *numbers)
+        made: Node = getattr(nodes, kernel)(*first, *numbers)
         return made
 
-    return make
+    return Case(kernel, name, make, quick)
 
 
 def _all_cases() -> Iterator[Case]:
@@ -54,67 +57,62 @@ def _all_cases() -> Iterator[Case]:
         for t in (3, 6):
             hidden = t * into
             for k in (3, 5, 7):
-                yield Case(
+                yield _case(
                     "expand_depthwise",
                     f"{height}x{into} t{t} k{k} s{stride}",
-                    _node("expand_depthwise", height, into, hidden, k, stride),
-                    quick and (t, k) == (3, 3),
+                    height,
+                    into,
+                    hidden,
+                    k,
+                    stride,
+                    quick=quick and (t, k) == (3, 3),
                 )
-            yield Case(
-                "project",
-                f"{small}x{hidden} to {out}",
-                _node("project", small, hidden, out),
-                quick and t == 3,
-            )
-            yield Case("squeeze", f"{small}x{hidden}", _node("squeeze", small, hidden), quick and t == 3)
+            yield _case("project", f"{small}x{hidden} to {out}", small, hidden, out, quick=quick and t == 3)
+            yield _case("squeeze", f"{small}x{hidden}", small, hidden, quick=quick and t == 3)
             for channels, units in ((hidden, UNITS), (out, UNITS)):
-                yield Case(
+                yield _case(
                     "norm_affine",
                     f"{channels} of {units} units",
-                    _node("norm_affine", units, channels, images_each=None),
-                    quick and t == 3 and channels == out,
+                    units,
+                    channels,
+                    quick=quick and t == 3 and channels == out,
+                    images_each=None,
                 )
-            yield Case(
-                "pointwise_affine",
-                f"{into} to {hidden}",
-                _node("pointwise_affine", into, hidden, images_each=None),
-                quick and t == 3,
+            yield _case(
+                "pointwise_affine", f"{into} to {hidden}", into, hidden, quick=quick and t == 3, images_each=None
             )
         for residual in (False, True) if stride == 1 and into == out else (False,):
-            yield Case(
+            yield _case(
                 "finish_map",
                 f"{small}x{out}" + " residual" * residual,
-                _node("finish_map", small, out, residual),
-                quick and not residual,
+                small,
+                out,
+                residual,
+                quick=quick and not residual,
             )
         if stride > 1:
-            yield Case(
-                "strided_conv",
-                f"{height}x{into} to {out} s{stride}",
-                _node("strided_conv", height, into, out, stride),
-                height == 14,
+            yield _case(
+                "strided_conv", f"{height}x{into} to {out} s{stride}", height, into, out, stride, quick=height == 14
             )
     # Of units: operations of DARTS for images of 32x32, and ShuffleNetV2's ends of units.
     for size, channels in UNIT_MAPS:
         for pooling, number in (("maximum", MAXIMUM), ("mean", MEAN)):
-            yield Case("pool", f"{size}x{channels} {pooling} 3", _node("pool", size, channels, 3, number), size == 8)
+            yield _case("pool", f"{size}x{channels} {pooling} 3", size, channels, 3, number, quick=size == 8)
         for k in (3, 5):
-            node = _node("depthwise_conv", size, channels, k)
-            yield Case("depthwise_conv", f"{size}x{channels} k{k} s1", node, (size, k) == (8, 3))
-    yield Case("depthwise_conv", "32x36 k3 s2", _node("depthwise_conv", 32, 36, 3, 2))
+            yield _case("depthwise_conv", f"{size}x{channels} k{k} s1", size, channels, k, quick=(size, k) == (8, 3))
+    yield _case("depthwise_conv", "32x36 k3 s2", 32, 36, 3, 2)
     for size, channels in SHUFFLED_MAPS:
         for words, shuffled in (("joined", False), ("shuffled", True)):
-            node = _node("arrange_channels", size, channels, shuffled)
-            yield Case("arrange_channels", f"{size}x{channels} {words}", node, size == 14)
-    yield Case("stem_conv", "224x3 to 32 k3 s2", _node("stem_conv", 224, 32))
-    yield Case("stem_conv", "32x3 to 32 k3 s2", _node("stem_conv", 32, 32), True)
-    yield Case("pointwise_affine", "320 to 1280", _node("pointwise_affine", 320, 1280, images_each=None))
-    yield Case("head_pool", "7x320 to 1280", _node("head_pool", 7, 320, 1280))
-    yield Case("head_pool", "7x40 to 256", _node("head_pool", 7, 40, 256), True)
-    yield Case("linear", "1280 to 1000", _node("linear", 1280, 1000, images_each=16))
-    yield Case("linear", "40 to 100", _node("linear", 40, 100), True)
-    yield Case("path_cross_entropy", "1000 classes", _node("path_cross_entropy", 1000, images_each=PARTS))
-    yield Case("path_cross_entropy", "100 classes", _node("path_cross_entropy", 100), True)
+            yield _case("arrange_channels", f"{size}x{channels} {words}", size, channels, shuffled, quick=size == 14)
+    yield _case("stem_conv", "224x3 to 32 k3 s2", 224, 32)
+    yield _case("stem_conv", "32x3 to 32 k3 s2", 32, 32, quick=True)
+    yield _case("pointwise_affine", "320 to 1280", 320, 1280, images_each=None)
+    yield _case("head_pool", "7x320 to 1280", 7, 320, 1280)
+    yield _case("head_pool", "7x40 to 256", 7, 40, 256, quick=True)
+    yield _case("linear", "1280 to 1000", 1280, 1000, images_each=16)
+    yield _case("linear", "40 to 100", 40, 100, quick=True)
+    yield _case("path_cross_entropy", "1000 classes", 1000, images_each=PARTS)
+    yield _case("path_cross_entropy", "100 classes", 100, quick=True)
 
 
 def cases(quick: bool, kernels: list[str] | None) -> list[Case]:
